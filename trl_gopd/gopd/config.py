@@ -1,0 +1,204 @@
+"""Configuration of [`GOPDTrainer`]."""
+
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+from ._trl import allow_one_generation
+
+ESTIMATORS = ("sampled", "full")
+# Aggregations whose per-token term is ratio × advantage, so that an advantage with a gradient passes through unchanged.
+FULL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+SAMPLED_LOSS_TYPES = (*FULL_LOSS_TYPES, "cispo", "sapo", "vespo")
+
+
+@dataclass
+class GOPDConfig(GRPOConfig):
+    # docstyle-ignore
+    r"""
+    Configuration class for the [`GOPDTrainer`].
+
+    This class includes only the parameters that are specific to G-OPD. For the others see [`~trl.GRPOConfig`] and
+    [`~transformers.TrainingArguments`].
+
+    > [!NOTE]
+    > These defaults differ from [`~trl.GRPOConfig`] and follow the recipe of the paper and its released scripts:
+    > - `num_generations`: `1` instead of `8`. Many prompts with one completion each; nothing is compared in a group.
+    > - `learning_rate`: `1e-5` instead of `1e-6`; `lr_scheduler_type`: `"constant"`; `weight_decay`: `0.01`.
+    > - `loss_type`: `"grpo"` instead of `"dapo"`. The released configuration says token mean, but takes it within
+    >   micro-batches of one sequence, so what ran is the mean over sequences of each sequence's token mean.
+    > - `scale_rewards`: `"none"`. There is no reward to scale unless `reward_funcs` are given.
+    > - `vllm_importance_sampling_mode`: `"token_truncate"` with `vllm_importance_sampling_clip_max=5.0`.
+
+    Parameters:
+        > Parameters that control the objective
+
+        gopd_lambda (`float`, *optional*, defaults to `1.25`):
+            Reward scale λ of [G-OPD](https://huggingface.co/papers/2602.12125), eq. 11. `0` keeps the reference, `1`
+            is plain on-policy distillation and loads no reference, above `1` extrapolates past the teacher. The paper
+            uses `1.25` and reports `1.5` as unstable.
+        gopd_estimator (`str`, *optional*, defaults to `"sampled"`):
+            `"sampled"` weighs the log-probability of the sampled token by its advantage, as the paper does. `"full"`
+            takes the expectation of the same gradient over the vocabulary: no noise from the sampled token, for the
+            price of the three models' logits in the loss. It needs no importance weight, and takes no `reward_funcs`.
+        gopd_extrapolation_clip (`float`, *optional*):
+            Bound c on |log π* − log π_ref| in the extrapolation term, which is unbounded otherwise. λ = 1 is
+            untouched by it. Not in the paper.
+        gopd_chunk_size (`int`, *optional*, defaults to `256`):
+            Tokens whose logits exist at a time when frozen models are scored and in the `"full"` estimator.
+
+        > Parameters that control the teacher
+
+        teacher_model_name_or_path (`str`, *optional*):
+            Teacher, when none is passed to the trainer.
+        teacher_model_revision (`str`, *optional*):
+            Revision of the teacher on the Hub.
+        teacher_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments of `from_pretrained` for a teacher given by name. `dtype`, a string or a `torch.dtype`,
+            defaults to the checkpoint's own.
+
+        > Parameters that control the reference
+
+        ref_model_name_or_path (`str`, *optional*):
+            Reference π_ref, when none is passed to the trainer. Give the model that the teacher was trained from for
+            reward correction. By default it is the student as it is when training starts.
+        ref_model_revision (`str`, *optional*):
+            Revision of the reference on the Hub.
+        ref_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments of `from_pretrained` for a reference given by name, as for the teacher.
+    """
+
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs", "ref_model_init_kwargs"]
+
+    # Defaults that differ from GRPOConfig
+    num_generations: int | None = field(
+        default=1, metadata={"help": "Completions a prompt. More than one is useful with `reward_funcs` only."}
+    )
+    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+    loss_type: str = field(
+        default="grpo",
+        metadata={"help": "How token losses are averaged. 'grpo' is the mean over sequences of their token means."},
+    )
+    scale_rewards: str = field(
+        default="none", metadata={"help": "How the advantages of `reward_funcs`, if there are any, are scaled."}
+    )
+    vllm_importance_sampling_mode: str = field(
+        default="token_truncate",
+        metadata={"help": "How the mismatch between vLLM and the training model is corrected."},
+    )
+    vllm_importance_sampling_clip_max: float | None = field(
+        default=5.0, metadata={"help": "Upper bound of the importance weight."}
+    )
+
+    # Parameters that control the objective
+    gopd_lambda: float = field(
+        default=1.25,
+        metadata={"help": "Reward scale. 0 keeps the reference, 1 is plain OPD, more extrapolates past the teacher."},
+    )
+    gopd_estimator: str = field(
+        default="sampled",
+        metadata={
+            "help": "'sampled' scores the sampled token (the paper), 'full' the whole vocabulary (the same gradient "
+            "in expectation, without the noise of the sampled token).",
+            "choices": list(ESTIMATORS),
+        },
+    )
+    gopd_extrapolation_clip: float | None = field(
+        default=None, metadata={"help": "Bound on |log teacher - log reference| in the extrapolation term."}
+    )
+    gopd_chunk_size: int = field(default=256, metadata={"help": "Tokens whose logits exist at a time."})
+
+    # Parameters that control the teacher
+    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Name or path of the teacher."})
+    teacher_model_revision: str | None = field(default=None, metadata={"help": "Revision of the teacher."})
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of `from_pretrained` for the teacher."}
+    )
+
+    # Parameters that control the reference
+    ref_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Name or path of the reference, e.g. the model that the teacher was trained from."},
+    )
+    ref_model_revision: str | None = field(default=None, metadata={"help": "Revision of the reference."})
+    ref_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of `from_pretrained` for the reference."}
+    )
+
+    def __post_init__(self):
+        if self.num_generations is None or self.num_generations < 1:
+            raise ValueError(f"`num_generations` must be at least 1, got {self.num_generations}. Use 1.")
+        if self.num_generations == 1:
+            with allow_one_generation(self):
+                super().__post_init__()
+        else:
+            super().__post_init__()
+        self._check_objective()
+        self._check_grpo_options()
+
+    def _check_objective(self):
+        # the chained comparison also refuses NaN
+        if not 0 <= self.gopd_lambda < math.inf:
+            raise ValueError(f"`gopd_lambda` must be finite and >= 0, got {self.gopd_lambda}. Use 1.0 for plain OPD.")
+        if self.gopd_estimator not in ESTIMATORS:
+            raise ValueError(
+                f"`gopd_estimator` must be one of {list(ESTIMATORS)}, got {self.gopd_estimator!r}. Use 'sampled' for "
+                "the paper's."
+            )
+        clip = self.gopd_extrapolation_clip
+        if clip is not None and not 0 < clip < math.inf:
+            raise ValueError(
+                f"`gopd_extrapolation_clip` must be positive and finite, got {clip}. Use None for no clip."
+            )
+        if self.gopd_chunk_size < 1:
+            raise ValueError(f"`gopd_chunk_size` must be at least 1, got {self.gopd_chunk_size}. Use 256.")
+
+    def _check_grpo_options(self):
+        refused = {
+            "importance_sampling_level": (
+                self.importance_sampling_level != "token",
+                "advantages differ from token to token, so one ratio a sequence would mix them. Use 'token'.",
+            ),
+            "multi_objective_aggregation": (
+                self.multi_objective_aggregation != "sum_then_normalize",
+                "it normalises over the group of a prompt. Use 'sum_then_normalize'.",
+            ),
+            "sync_ref_model": (
+                self.sync_ref_model,
+                "the reference of G-OPD is fixed, since the reward is measured from it. Use False.",
+            ),
+            "loss_type": (
+                self.loss_type not in SAMPLED_LOSS_TYPES,
+                f"it must be one of {list(SAMPLED_LOSS_TYPES)}.",
+            ),
+        }
+        if self.gopd_estimator == "full":
+            no_action = "there is no sampled token to weigh with `gopd_estimator='full'`"
+            refused |= {
+                "loss_type": (self.loss_type not in FULL_LOSS_TYPES, f"{no_action}. Use {list(FULL_LOSS_TYPES)}."),
+                "beta": (self.beta != 0, f"{no_action}; λ already sets the pull to the reference. Use 0."),
+                "entropy_coef": (self.entropy_coef != 0, f"{no_action}. Use 0."),
+                "use_adaptive_entropy": (self.use_adaptive_entropy, f"{no_action}. Use False."),
+                "off_policy_mask_threshold": (self.off_policy_mask_threshold is not None, f"{no_action}. Use None."),
+            }
+        for name, (is_refused, reason) in refused.items():
+            if is_refused:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` has no meaning in G-OPD: {reason}")
+        biased = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+        changed = {
+            name: getattr(self, name)
+            for name, neutral in biased.items()
+            if getattr(self, name) != neutral and not (name == "top_k" and self.top_k in (-1, None))
+        }
+        if changed:
+            warnings.warn(
+                f"Sampling with {changed} draws from another distribution than the student that is scored, which "
+                f"biases the estimate of the gradient. Use { {name: biased[name] for name in changed} }.",
+                UserWarning,
+                stacklevel=3,
+            )

@@ -1,0 +1,502 @@
+"""[`GOPDTrainer`]: wires objective, scoring and frozen models into TRL's [`~trl.GRPOTrainer`]."""
+
+import functools
+import logging
+import textwrap
+import types
+import warnings
+from contextlib import contextmanager
+
+import torch
+import trl
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_peft_available
+from trl import GRPOTrainer
+
+from . import teachers
+from ._trl import disable_dropout_in_model, disable_gradient_checkpointing, gather_heads, get_config_model_id, use_adapter
+from .config import GOPDConfig
+from .objective import extrapolated_divergence, implicit_rewards, lambda_is_one, token_advantages
+from .scoring import evaluation_mode, logit_transform, project
+
+if is_peft_available():
+    from peft import PeftConfig, PeftModel, PromptLearningConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+logger = logging.getLogger(__name__)
+
+
+def _null_reward(prompts, **kwargs) -> list[float]:
+    """GRPO wants a reward function; distillation has none."""
+    return [0.0] * len(prompts)
+
+
+class GOPDTrainer(GRPOTrainer):
+    """
+    Trainer for Generalized On-Policy Distillation (G-OPD), and with λ > 1 for ExOPD, of the paper [Learning beyond
+    Teacher](https://huggingface.co/papers/2602.12125).
+
+    The student samples completions; every token is rewarded with λ·(log π* − log π_ref) under a KL penalty to π_ref.
+    Generation, importance weights, clipping, aggregation and logging are those of [`~trl.GRPOTrainer`].
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from trl_gopd import GOPDConfig, GOPDTrainer
+
+    >>> trainer = GOPDTrainer(  # doctest: +SKIP
+    ...     model="Qwen/Qwen3-1.7B",
+    ...     teacher_model="Qwen/Qwen3-4B",
+    ...     args=GOPDConfig(output_dir="out", gopd_lambda=1.25),
+    ...     train_dataset=Dataset.from_dict({"prompt": ["What is 2+2?", "What is 3+5?"]}),
+    ... )
+    >>> trainer.train()  # doctest: +SKIP
+
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The student.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            The teacher π*; may be quantized. Defaults to `args.teacher_model_name_or_path`. A name or path is loaded
+            in the dtype of its checkpoint. It must have the student's tokenizer; padded vocabularies may differ.
+        args ([`GOPDConfig`], *optional*):
+            Configuration. Defaults to a plain one with the directory `{model}-GOPD`.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows with a `prompt`, a string or a list of messages.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
+            The same, for evaluation.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer. Defaults to the student's.
+        callbacks (`list[TrainerCallback]`, *optional*):
+            As in [`~transformers.Trainer`].
+        optimizers (`tuple`, *optional*):
+            As in [`~transformers.Trainer`].
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization of a student given by name; frozen models are never quantized with it.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter to train.
+        tools (`list[Callable]`, *optional*):
+            As in [`~trl.GRPOTrainer`].
+        ref_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            The reference π_ref; the teacher's pre-RL model gives reward correction. Defaults to
+            `args.ref_model_name_or_path`, then to the student's start: the adapter switched off if it is fresh, a
+            frozen copy of it if it is trained, a frozen copy of the whole student without an adapter. Not used, and
+            not loaded, when λ is 1.
+        reward_funcs (`Callable` or `str` or [`~transformers.PreTrainedModel`] or `list`, *optional*):
+            Task rewards. Their group advantage, as GRPO computes it, is added to every token's.
+        **grpo_kwargs:
+            Further keyword arguments of [`~trl.GRPOTrainer`].
+    """
+
+    _tag_names = ["trl", "gopd"]
+    _name = "G-OPD"
+    _paper = {
+        "title": "Learning beyond Teacher: Generalized On-Policy Distillation with Reward Extrapolation",
+        "id": "2602.12125",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{gopd2026,
+                title        = {{Learning beyond Teacher: Generalized On-Policy Distillation with Reward Extrapolation}},
+                year         = 2026,
+                eprint       = {arXiv:2602.12125},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        teacher_model: "str | PreTrainedModel | PeftModel | None" = None,
+        args: GOPDConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        callbacks=None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config: "PeftConfig | None" = None,
+        tools=None,
+        ref_model: "str | PreTrainedModel | PeftModel | None" = None,
+        reward_funcs=None,
+        **grpo_kwargs,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = GOPDConfig(f"{name.split('/')[-1]}-GOPD")
+        if not isinstance(args, GOPDConfig):
+            raise TypeError(f"`args` must be a `GOPDConfig`, got {type(args).__name__}. Build one with the same fields.")
+        teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
+        ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
+        if teacher_model is None:
+            raise ValueError(
+                "No teacher: `teacher_model` and `args.teacher_model_name_or_path` are both None. Pass one of them."
+            )
+        _check_dataset(train_dataset, "train_dataset")
+        self._has_rewards = bool(reward_funcs) or grpo_kwargs.get("environment_factory") is not None
+        if self._has_rewards and args.num_generations < 2:
+            raise ValueError(
+                "`reward_funcs` with `num_generations=1` have no effect, since GRPO compares the completions of one "
+                "prompt. Use `num_generations` of at least 2, or drop `reward_funcs`."
+            )
+        if self._has_rewards and args.gopd_estimator == "full":
+            raise ValueError(
+                "`reward_funcs` act on the sampled tokens, which `gopd_estimator='full'` does not use. Use 'sampled'."
+            )
+        self._uses_reference = not lambda_is_one(args.gopd_lambda)
+        if ref_model is not None and not self._uses_reference:
+            warnings.warn(
+                "`ref_model` is not loaded: with `gopd_lambda=1` it cancels out of the objective.", stacklevel=2
+            )
+        # What the reference is by default has to be settled before GRPO wraps, and changes, the student.
+        start, self._reference_adapter = None, None
+        if self._uses_reference and ref_model is None:
+            start = self._student_start(model, args, peft_config)
+
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs if self._has_rewards else _null_reward,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            **grpo_kwargs,
+        )
+        self._check_student()
+        if args.gopd_estimator == "full":
+            _expose_hidden_states(self._student_base)
+
+        self.teacher = self._freeze(
+            teacher_model, "teacher_model", args.teacher_model_init_kwargs, args.teacher_model_revision
+        )
+        self.reference = None
+        if self._uses_reference and ref_model is not None:
+            self.reference = self._freeze(ref_model, "ref_model", args.ref_model_init_kwargs, args.ref_model_revision)
+        elif start is not None:
+            kwargs = args.model_init_kwargs if isinstance(start, str) else None
+            kwargs = {key: value for key, value in (kwargs or {}).items() if key != "dtype"}
+            self.reference = self._freeze(start, "ref_model", kwargs, None)
+        self._pending = None  # the micro-batch whose log-probabilities the inherited loss is about to ask for
+        # Loading frozen models may draw random numbers; what the student samples must not depend on it.
+        set_seed(args.seed, device_specific=True)
+
+    # Frozen models
+
+    def _student_start(self, model, args: GOPDConfig, peft_config) -> "str | nn.Module | None":
+        """The default reference: a path or a model to freeze, or `None` when an adapter is switched instead."""
+        if peft_config is not None:
+            self._reference_adapter = "off"
+            return None
+        if is_peft_available() and isinstance(model, PeftModel):
+            if teachers.is_fresh_adapter(model):
+                self._reference_adapter = "off"
+            else:
+                self._reference_adapter = "ref"
+                if args.beta == 0:  # otherwise GRPO adds the same copy itself
+                    teachers.add_reference_adapter(model)
+            return None
+        return model if isinstance(model, str) else teachers.copy_start(model)
+
+    def _freeze(self, given, role: str, init_kwargs, revision) -> teachers.Frozen:
+        model = teachers.load(given, role=role, init_kwargs=init_kwargs, revision=revision, args=self.args)
+        if model is self.model or model is self._student_base:
+            raise ValueError(
+                f"`{role}` is the student itself, which training changes. Pass a path or another instance of it."
+            )
+        teachers.check_tokenizer(self._tokenizer, model, given, role=role)
+        disable_dropout_in_model(model)
+        return teachers.Frozen(
+            model,
+            accelerator=self.accelerator,
+            temperature=self.temperature,
+            batch_size=self.args.per_device_train_batch_size,
+            chunk_size=self.args.gopd_chunk_size,
+            role=role,
+        )
+
+    @property
+    def _student_base(self) -> PreTrainedModel:
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _check_student(self):
+        if not isinstance(self.processing_class, PreTrainedTokenizerBase):
+            logger.warning("Image inputs are not scored by frozen models yet; text-only rows work.")
+        if not is_peft_available() or not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+            raise ValueError(
+                "An adapter on the output head is not supported: the log-probabilities read the head's weight, so the "
+                "adapter would never be trained. Take the head out of `target_modules`."
+            )
+        if self.args.gopd_estimator == "full" and isinstance(model.active_peft_config, PromptLearningConfig):
+            raise ValueError(
+                "Prompt-learning adapters are not supported by `gopd_estimator='full'`, which calls the backbone. Use "
+                "'sampled', or a LoRA adapter."
+            )
+
+    @contextmanager
+    def _as_reference(self):
+        """The student as its own frozen reference: its adapter off, or the copy of its start, without dropout."""
+        model = self.accelerator.unwrap_model(self.model)
+        adapter = None if self._reference_adapter == "off" else "ref"
+        with (
+            torch.no_grad(),
+            evaluation_mode(self.model),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            use_adapter(model, adapter),
+        ):
+            yield
+
+    # One generation batch
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if "pixel_values" in output:
+            raise NotImplementedError("Rows with images are not supported: frozen models score text only.")
+        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+        seen = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+        if self.args.gopd_estimator == "sampled":
+            output["teacher_logps"] = self.teacher.score(ids, seen, output["completion_ids"])
+            if self.reference is not None:
+                output["reference_logps"] = self.reference.score(ids, seen, output["completion_ids"])
+            elif self._uses_reference:
+                with self._as_reference():
+                    output["reference_logps"] = super()._get_per_token_logps_and_entropies(
+                        self.model,
+                        ids,
+                        seen,
+                        output["completion_ids"].size(1),
+                        batch_size=self.args.per_device_train_batch_size,
+                    )[0]
+        if not self._has_rewards:
+            self._drop_null_reward()
+        return output
+
+    def _drop_null_reward(self):
+        for metrics in self._metrics.values():
+            for name in ("reward", "reward_std", "frac_reward_zero_std"):
+                metrics.pop(name, None)
+            for name in [name for name in metrics if name.startswith(f"rewards/{_null_reward.__name__}/")]:
+                del metrics[name]
+        self._logs["rewards"].pop(_null_reward.__name__, None)
+
+    # One micro-batch
+
+    def _compute_loss(self, model, inputs):
+        self._pending = inputs = dict(inputs)
+        if self.args.gopd_estimator == "full":
+            # The expectation over the vocabulary is taken under the current student, so neither an older policy nor
+            # the sampler has to be corrected for.
+            inputs.pop("old_per_token_logps", None)
+            if "importance_sampling_ratio" in inputs:
+                inputs["importance_sampling_ratio"] = torch.ones_like(inputs["importance_sampling_ratio"])
+        try:
+            loss = super()._compute_loss(model, inputs)
+        finally:
+            missed, self._pending = self._pending is not None, None
+        if missed:
+            raise RuntimeError(
+                f"TRL {trl.__version__} computed the loss without asking for log-probabilities first, so the "
+                "distillation advantages were never set. Use trl>=1.16,<1.17."
+            )
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        if self._pending is None:
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        inputs, self._pending = self._pending, None
+        mask = inputs["completion_mask"]
+        mask = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+        if self.args.gopd_estimator == "full":
+            return self._full(model, inputs, mask, *args)
+        results = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        student_logps = inputs.get("old_per_token_logps")
+        student_logps = results[0].detach() if student_logps is None else student_logps
+        self._set_sampled_advantages(inputs, student_logps, mask)
+        return results
+
+    def _set_sampled_advantages(self, inputs, student_logps: Tensor, mask: Tensor):
+        teacher_logps, reference_logps = inputs["teacher_logps"], inputs.get("reference_logps")
+        # An id that only the student's padded vocabulary has: its teacher cannot say anything about it.
+        is_known = ~teacher_logps.isneginf()
+        if reference_logps is not None:
+            is_known &= ~reference_logps.isneginf()
+        known = mask * is_known
+        advantages = token_advantages(
+            student_logps=student_logps,
+            teacher_logps=teacher_logps,
+            reference_logps=reference_logps,
+            mask=known,
+            gopd_lambda=self.args.gopd_lambda,
+            extrapolation_clip=self.args.gopd_extrapolation_clip,
+        )
+        self._log_objective(
+            known,
+            log_ratios=student_logps.float() - teacher_logps,
+            advantages=advantages,
+            teacher_logps=teacher_logps,
+            reference_logps=reference_logps,
+            outside=mask * ~is_known,
+        )
+        # GRPO's own advantages are zero without `reward_funcs`.
+        inputs["advantages"] = advantages + inputs["advantages"].unsqueeze(1) * mask
+
+    def _full(self, model, inputs, mask: Tensor, input_ids: Tensor, attention_mask: Tensor, num_tokens: int):
+        """
+        What the inherited loss asks for, with the divergence as a negated advantage that carries the gradient: the
+        log-probabilities are detached, so ratio × advantage is the divergence alone.
+        """
+        tokens = mask.bool()
+        labels = inputs["completion_ids"][tokens]
+        frozen = self.teacher
+        teacher_hidden = frozen.hidden(input_ids, attention_mask, num_tokens)[tokens]
+        reference_hidden, reference_inner = None, None
+        if self.reference is not None:
+            reference_inner = self.reference.inner
+            reference_hidden = self.reference.hidden(input_ids, attention_mask, num_tokens)[tokens]
+        elif self._uses_reference:
+            with self._as_reference():
+                reference_hidden = model(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    with_hidden_states=lambda hidden, head: (hidden[:, -num_tokens - 1 : -1][tokens],),
+                )[0]
+        student_base = self._student_base
+        transform = logit_transform(student_base.config, self.temperature)
+
+        def divergence(hidden: Tensor, head: nn.Module) -> tuple[Tensor | None, ...]:
+            weight, bias = head.weight, head.bias
+            if hasattr(weight, "full_tensor"):  # FSDP2
+                weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+
+            def target_logits(rows: slice):
+                teacher = frozen.inner.logits(teacher_hidden[rows])
+                if reference_hidden is None:
+                    return teacher, None
+                if reference_inner is not None:
+                    return teacher, reference_inner.logits(reference_hidden[rows])
+                # The reference is the student without its adapter, and the head has none.
+                return teacher, transform(project(head, reference_hidden[rows]))
+
+            heads = [head, frozen.inner.head, None if reference_inner is None else reference_inner.head]
+            output = extrapolated_divergence(
+                hidden[:, -num_tokens - 1 : -1][tokens],
+                weight,
+                bias,
+                labels=labels,
+                target_logits=target_logits,
+                gopd_lambda=self.args.gopd_lambda,
+                transform=transform,
+                extrapolation_clip=self.args.gopd_extrapolation_clip,
+                chunk_size=self.args.gopd_chunk_size,
+                gather=lambda: gather_heads(*heads),
+            )
+            return (
+                output.divergence,
+                output.student_logps,
+                output.teacher_logps,
+                output.reference_logps,
+                output.entropy,
+                output.reverse_kl,
+            )
+
+        values = model(input_ids=input_ids, attention_mask=attention_mask, with_hidden_states=divergence)
+
+        def scatter(value: Tensor | None) -> Tensor | None:
+            if value is None:
+                return None
+            return value.new_zeros(mask.shape).masked_scatter(tokens, value)
+
+        divergences, student_logps, teacher_logps, reference_logps, entropy, reverse_kl = map(scatter, values)
+        inputs["advantages"] = -divergences
+        finite = student_logps.masked_fill(student_logps.isneginf(), 0.0)
+        known = mask * ~(teacher_logps.isneginf() | student_logps.isneginf())
+        self._log_objective(
+            known,
+            log_ratios=reverse_kl,
+            advantages=-divergences.detach(),
+            teacher_logps=teacher_logps,
+            reference_logps=reference_logps,
+            outside=mask * (1 - known),
+        )
+        return finite.detach(), entropy, None
+
+    # Metrics
+
+    @torch.no_grad()
+    def _log_objective(self, mask, *, log_ratios, advantages, teacher_logps, reference_logps, outside):
+        """Token means over all ranks, each from one sum and one count."""
+        mask = mask.bool()
+        advantages = advantages.masked_fill(~mask, 0.0)
+        means = {
+            "reverse_kl": log_ratios,
+            "teacher_logp": teacher_logps,
+            "advantage_mean": advantages,
+            "advantage_square": advantages.square(),
+            "advantage_positive_share": (advantages > 0).float(),
+        }
+        if reference_logps is not None:
+            rewards = implicit_rewards(teacher_logps=teacher_logps, reference_logps=reference_logps)
+            extrapolation = (self.args.gopd_lambda - 1) * rewards
+            means |= {
+                "implicit_reward": rewards,
+                "extrapolation": extrapolation,
+                "extrapolation_abs": extrapolation.abs(),
+                "distillation_abs": (advantages - extrapolation).abs(),
+            }
+            if self.args.gopd_extrapolation_clip is not None:
+                means["clip_share"] = (rewards.abs() > self.args.gopd_extrapolation_clip).float()
+        sums = torch.stack([value.float().masked_fill(~mask, 0.0).sum() for value in means.values()])
+        counts = torch.stack([mask.sum().float(), outside.sum().float()])
+        totals = self.accelerator.reduce(torch.cat([sums, counts]), reduction="sum")
+        count, left_out = totals[-2:].tolist()
+        if count == 0:
+            return
+        mean = dict(zip(means, (totals[:-2] / count).tolist(), strict=True))
+        largest = self.accelerator.gather(advantages.abs().max().reshape(1) if advantages.numel() else counts[:1] * 0)
+        variance = max(mean.pop("advantage_square") - mean["advantage_mean"] ** 2, 0.0)
+        values = {**mean, "advantage_std": variance**0.5, "advantage_abs_max": largest.max().item()}
+        if "extrapolation_abs" in mean:
+            parts = values.pop("extrapolation_abs"), values.pop("distillation_abs")
+            values["extrapolation_share"] = parts[0] / max(sum(parts), torch.finfo(torch.float32).tiny)
+        if left_out:
+            values["outside_vocabulary_share"] = left_out / (count + left_out)
+        mode = "train" if self.model.training else "eval"
+        for name, value in values.items():
+            self._metrics[mode][f"gopd/{name}"].append(value)
+
+
+def _check_dataset(dataset, name: str) -> None:
+    columns = getattr(dataset, "column_names", None)
+    if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty. Give at least one row with a `prompt`.")
+    if isinstance(columns, list) and "prompt" not in columns:
+        raise ValueError(f"`{name}` needs a column `prompt`, a string or a list of messages; it has {columns}.")
+
+
+def _expose_hidden_states(model: PreTrainedModel) -> None:
+    """
+    Lets `model(..., with_hidden_states=f)` return `f(hidden states, output head)`.
+
+    It has to be reached through the model's own forward, so that DDP, DeepSpeed and FSDP see the call.
+    """
+    original_forward = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` validates its arguments against the signature
+    def forward(self, *args, with_hidden_states=None, **kwargs):
+        if with_hidden_states is None:
+            return original_forward(*args, **kwargs)
+        kwargs.pop("labels", None)
+        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        return with_hidden_states(hidden, self.get_output_embeddings())
+
+    model.forward = types.MethodType(forward, model)
