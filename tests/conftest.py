@@ -2,6 +2,7 @@
 
 import os
 
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -10,6 +11,7 @@ import torch
 from datasets import Dataset
 
 from tests.tiny import build_model, build_tokenizer
+
 
 torch.set_num_threads(1)
 

@@ -9,6 +9,7 @@ import torch
 
 from trl_gopd.gopd.objective import LogitTransform, extrapolated_divergence, token_advantages
 
+
 EPS = torch.finfo(torch.float32).eps
 # The worked example: targets q_λ for T = (.5, .3, .2) and R = (.2, .3, .5).
 TEACHER, REFERENCE = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
@@ -32,7 +33,9 @@ def draw(*shape, generator, dtype=torch.float32):
 
 class TestTokenAdvantages:
     def advantages(self, generator, **changes):
-        args = {name: draw(2, 5, generator=generator) for name in ("student_logps", "teacher_logps", "reference_logps")}
+        args = {
+            name: draw(2, 5, generator=generator) for name in ("student_logps", "teacher_logps", "reference_logps")
+        }
         args |= {"mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]), "gopd_lambda": 1.25} | changes
         return args, token_advantages(**args)
 
@@ -147,7 +150,9 @@ class TestExtrapolatedDivergence:
     @pytest.mark.parametrize("chunk_size", [3, 256])
     @pytest.mark.parametrize("gopd_lambda", [0.5, 1.0, 1.25, "rows"])
     @pytest.mark.parametrize(
-        "transform", [LogitTransform(), LogitTransform(scale=0.7, softcap=2.0, temperature=1.3)], ids=["plain", "capped"]
+        "transform",
+        [LogitTransform(), LogitTransform(scale=0.7, softcap=2.0, temperature=1.3)],
+        ids=["plain", "capped"],
     )
     @pytest.mark.parametrize("clip", [None, 0.3])
     def test_value_and_gradient_equal_dense(self, generator, chunk_size, gopd_lambda, transform, clip):

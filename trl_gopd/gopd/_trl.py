@@ -8,8 +8,6 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from transformers import PreTrainedModel
-from trl.distributed import DistributedBackend
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import (
     create_model_from_path,
@@ -19,8 +17,8 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
+
 __all__ = [
-    "DistributedBackend",
     "allow_one_generation",
     "create_model_from_path",
     "disable_dropout_in_model",
@@ -63,7 +61,3 @@ def gather_heads(*heads: torch.nn.Module | None) -> Iterator[None]:
     # a model that DeepSpeed did not shard (quantized, or placed by the user) has no `ds_status`
     with maybe_gather_lm_head_ctx(*[parameter for parameter in parameters if hasattr(parameter, "ds_status")]):
         yield
-
-
-def text_config(model: PreTrainedModel):
-    return model.config.get_text_config()

@@ -9,8 +9,9 @@ from trl import GRPOConfig
 
 from ._trl import allow_one_generation
 
+
 ESTIMATORS = ("sampled", "full")
-# Aggregations whose per-token term is ratio × advantage, so that an advantage with a gradient passes through unchanged.
+# Aggregations whose token term is ratio × advantage, so that an advantage with a gradient passes through unchanged.
 FULL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 SAMPLED_LOSS_TYPES = (*FULL_LOSS_TYPES, "cispo", "sapo", "vespo")
 

@@ -1,13 +1,13 @@
 """
 The objective of [G-OPD](https://huggingface.co/papers/2602.12125), on tensors alone.
 
-At a state s the student π is rewarded with λ·(log π* − log π_ref) under a KL penalty of weight 1 towards π_ref, where π*
-is the teacher. Up to a constant of the state this is
+At a state s the student π is rewarded with λ·(log π* − log π_ref) under a KL penalty of weight 1 towards π_ref, where
+π* is the teacher. Up to a constant of the state this is
 
     KL(π ‖ q_λ),    log q_λ = log π* + (λ − 1)·(log π* − log π_ref) − log Z_λ
 
-so λ = 1 is plain on-policy distillation, in which π_ref cancels, and λ > 1 extrapolates past the teacher. Two estimators
-of the same gradient:
+so λ = 1 is plain on-policy distillation, in which π_ref cancels, and λ > 1 extrapolates past the teacher. Two
+estimators of the same gradient:
 
 - `token_advantages`: one sampled token (the paper's). Its expectation over π is the second one.
 - `extrapolated_divergence`: the whole vocabulary, without the noise of the sampled action.
@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -186,15 +187,15 @@ def extrapolated_divergence(
     transform: LogitTransform | None = None,
     extrapolation_clip: float | None = None,
     chunk_size: int = 256,
-    gather: Callable[[], AbstractContextManager] = nullcontext,
+    gather: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> DivergenceOutput:
     """
     KL(π ‖ q_λ) for every token, with q_λ = softmax(λ·z* + (1 − λ)·z_ref), the optimum (eq. 12) of
     [G-OPD](https://huggingface.co/papers/2602.12125) at one state. Its gradient is the expectation over π of the one
     that `token_advantages` estimates from a single token.
 
-    Logits exist for one chunk of tokens at a time, and are made again in the backward pass instead of being kept. Where
-    vocabularies are padded to different sizes, the distributions are those over the ids that all models share.
+    Logits exist for one chunk of tokens at a time, and are made again in the backward pass instead of being kept.
+    Where vocabularies are padded to different sizes, the distributions are those over the ids that all models share.
 
     Args:
         hidden (`torch.Tensor` of shape `(N, D)`):
@@ -222,7 +223,7 @@ def extrapolated_divergence(
     Returns:
         [`DivergenceOutput`].
     """
-    outputs = _ExtrapolatedDivergence.apply(
+    outputs = _ExtrapolatedDivergence.apply(  # type: ignore[no-untyped-call]
         hidden,
         weight,
         bias,
@@ -244,8 +245,19 @@ class _ExtrapolatedDivergence(torch.autograd.Function):
     # The "+1" of ∂(π log π) drops out since the entries of ∂π sum to 0.
 
     @staticmethod
+    @no_type_check
     def forward(
-        ctx, hidden, weight, bias, labels, target_logits, gopd_lambda, transform, extrapolation_clip, chunk_size, gather
+        ctx,
+        hidden,
+        weight,
+        bias,
+        labels,
+        target_logits,
+        gopd_lambda,
+        transform,
+        extrapolation_clip,
+        chunk_size,
+        gather,
     ):
         ctx.save_for_backward(hidden, weight, bias)
         ctx.args = (target_logits, gopd_lambda, transform, extrapolation_clip, chunk_size, gather)
@@ -278,6 +290,7 @@ class _ExtrapolatedDivergence(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @no_type_check
     def backward(ctx, grad_divergence, *_):
         hidden, weight, bias = ctx.saved_tensors
         target_logits, gopd_lambda, transform, extrapolation_clip, chunk_size, gather = ctx.args
@@ -309,7 +322,7 @@ class _ExtrapolatedDivergence(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None, None
 
 
-def _no_autocast(hidden: Tensor) -> AbstractContextManager:
+def _no_autocast(hidden: Tensor) -> AbstractContextManager[Any]:
     # The backward pass runs outside autocast, so the dtypes are written out in both.
     return torch.autocast(hidden.device.type, enabled=False)
 

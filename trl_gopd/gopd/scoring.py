@@ -7,6 +7,7 @@ tokens at a time.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from .objective import LogitTransform
 
 
-def logit_transform(config, temperature: float = 1.0) -> LogitTransform:
+def logit_transform(config: Any, temperature: float = 1.0) -> LogitTransform:
     """
     What a model does to the output of its head, read from its configuration.
 
@@ -45,15 +46,17 @@ def project(head: nn.Module, hidden: Tensor) -> Tensor:
     """
     Raw logits `(N, V)` of hidden states `(N, D)`.
 
-    A plain linear head is applied as a function, so that its weight can be gathered once for many chunks (ZeRO-3, where
-    ranks hold different numbers of chunks); any other head (quantized, adapted) is called.
+    A plain linear head is applied as a function, so that its weight can be gathered once for many chunks (ZeRO-3,
+    where ranks hold different numbers of chunks); any other head (quantized, adapted) is called.
     """
     if type(head) is nn.Linear:
-        weight, bias = head.weight, head.bias
+        weight: Any = head.weight
+        bias: Any = head.bias
         if hasattr(weight, "full_tensor"):  # FSDP2
             weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
         return F.linear(hidden.to(weight.dtype), weight, bias)
-    return head(hidden)
+    raw: Tensor = head(hidden)
+    return raw
 
 
 class FrozenModel(nn.Module):
@@ -67,30 +70,31 @@ class FrozenModel(nn.Module):
             The model. It is put in evaluation mode and its parameters stop requiring gradients.
         temperature (`float`, *optional*, defaults to `1.0`):
             Sampling temperature that divides the logits.
-        num_tokens (`int`, *optional*):
-            How many ids the tokenizer has. Ids from the model's vocabulary size on have no probability.
     """
 
-    def __init__(self, model: nn.Module, temperature: float = 1.0):
+    model: Any  # to a type checker, every method of a module may be a tensor
+    config: Any
+
+    def __init__(self, model: nn.Module, temperature: float = 1.0) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.config = model.config
         self.transform = logit_transform(model.config, temperature)
 
     @property
-    def base(self) -> nn.Module:
+    def base(self) -> Any:
         """The transformers model under a PEFT wrapper, or the model itself."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> Any:
         """Output head."""
         return self.base.get_output_embeddings()
 
     @property
     def vocab_size(self) -> int:
         """Width of the logits, padding included."""
-        return self.config.get_text_config().vocab_size
+        return int(self.config.get_text_config().vocab_size)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Tempered float32 logits `(N, V)` of hidden states `(N, D)`."""
@@ -101,7 +105,7 @@ class FrozenModel(nn.Module):
         # An id that only the student's padded vocabulary has would be out of range here; it scores -inf later.
         input_ids = input_ids.masked_fill(input_ids >= self.vocab_size, 0)
         # The backbone of the base model runs the adapters too: PEFT puts its layers inside it.
-        hidden = self.base.base_model(
+        hidden: Tensor = self.base.base_model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
         return hidden[:, -num_tokens - 1 : -1]
@@ -117,7 +121,7 @@ def score(
     *,
     batch_size: int,
     chunk_size: int = 256,
-    gather: Callable[[nn.Module], AbstractContextManager] = lambda head: nullcontext(),
+    gather: Callable[[nn.Module], AbstractContextManager[Any]] = lambda head: nullcontext(),
 ) -> Tensor:
     """
     Log-probabilities of `completion_ids` under a frozen model.

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ._trl import create_model_from_path, gather_heads, prepare_deepspeed, prepare_fsdp
 from .scoring import FrozenModel, score
 
+
 logger = logging.getLogger(__name__)
 
 
@@ -70,7 +71,9 @@ def copy_start(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module, given: str | nn.Module, *, role: str) -> None:
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, model: nn.Module, given: str | nn.Module, *, role: str
+) -> None:
     """
     Raises `ValueError` unless the model reads the student's token ids: the same tokenizer, and room for all its ids.
 
@@ -97,7 +100,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module, given:
     index = min(i for i in ids.keys() | their_ids.keys() if ids.get(i) != their_ids.get(i))
     raise ValueError(
         f"`{role}` ({source}) has another tokenizer than the student: id {index} is {their_ids.get(index)!r} there "
-        f"and {ids.get(index)!r} in the student's. Token ids are scored as they are; use a `{role}` of the same family."
+        f"and {ids.get(index)!r} in the student's. Token ids are scored as they are; use a model of the same family."
     )
 
 
@@ -120,7 +123,9 @@ class Frozen:
             For messages.
     """
 
-    def __init__(self, model: nn.Module, *, accelerator, temperature: float, batch_size: int, chunk_size: int, role: str):
+    def __init__(
+        self, model: nn.Module, *, accelerator, temperature: float, batch_size: int, chunk_size: int, role: str
+    ):
         self.inner = FrozenModel(model, temperature)
         self.accelerator = accelerator
         self.batch_size, self.chunk_size = batch_size, chunk_size
@@ -145,14 +150,18 @@ class Frozen:
         device = self.inner.base.get_input_embeddings().weight.device
         ids = torch.arange(3, device=device).unsqueeze(0) % self.inner.vocab_size
         mask = torch.ones_like(ids)
-        want = self.inner.model(input_ids=ids, attention_mask=mask).logits[:, :-1].float() / self.inner.transform.temperature
+        want = (
+            self.inner.model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+            / self.inner.transform.temperature
+        )
         got = self.inner.logits(self.inner(ids, mask, 2).flatten(0, 1)).view_as(want)
         # the same two numbers up to the rounding of the model's dtype, which a quantized head may use twice
         tolerance = 32 * torch.finfo(self.inner.base.dtype).eps * want.abs().max().clamp(min=1)
         if (got - want).abs().max() > tolerance:
             raise ValueError(
-                f"The logits of `{role}` ({type(self.inner.base).__name__}) are not a linear head followed by the scale "
-                "and soft cap of its configuration, so they cannot be computed in chunks. Use another model family."
+                f"The logits of `{role}` ({type(self.inner.base).__name__}) are not a linear head followed by the "
+                "scale and soft cap of its configuration, so they cannot be computed in chunks. Use "
+                "another model family."
             )
 
     @contextmanager

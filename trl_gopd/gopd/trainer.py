@@ -16,14 +16,20 @@ from transformers.utils import is_peft_available
 from trl import GRPOTrainer
 
 from . import teachers
-from ._trl import disable_dropout_in_model, disable_gradient_checkpointing, gather_heads, get_config_model_id, use_adapter
+from ._trl import (
+    disable_dropout_in_model,
+    disable_gradient_checkpointing,
+    gather_heads,
+    get_config_model_id,
+    use_adapter,
+)
 from .config import GOPDConfig
 from .objective import extrapolated_divergence, implicit_rewards, lambda_is_one, token_advantages
 from .scoring import evaluation_mode, logit_transform, project
 
+
 if is_peft_available():
     from peft import PeftConfig, PeftModel, PromptLearningConfig
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +105,11 @@ class GOPDTrainer(GRPOTrainer):
         "id": "2602.12125",
         # docstyle-ignore
         "citation": textwrap.dedent("""\
-            @article{gopd2026,
-                title        = {{Learning beyond Teacher: Generalized On-Policy Distillation with Reward Extrapolation}},
-                year         = 2026,
-                eprint       = {arXiv:2602.12125},
+            @article{yang2026learning,
+                author = {Wenkai Yang and Weijie Liu and Ruobing Xie and Kai Yang and Saiyong Yang and Yankai Lin},
+                title  = {{Learning beyond Teacher: Generalized On-Policy Distillation with Reward Extrapolation}},
+                year   = 2026,
+                eprint = {arXiv:2602.12125},
             }"""),
     }
 
@@ -127,7 +134,9 @@ class GOPDTrainer(GRPOTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GOPDConfig(f"{name.split('/')[-1]}-GOPD")
         if not isinstance(args, GOPDConfig):
-            raise TypeError(f"`args` must be a `GOPDConfig`, got {type(args).__name__}. Build one with the same fields.")
+            raise TypeError(
+                f"`args` must be a `GOPDConfig`, got {type(args).__name__}. Build one with the same fields."
+            )
         teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
         ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
         if teacher_model is None:
@@ -232,11 +241,6 @@ class GOPDTrainer(GRPOTrainer):
         if not is_peft_available() or not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
             return
         model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-            raise ValueError(
-                "An adapter on the output head is not supported: the log-probabilities read the head's weight, so the "
-                "adapter would never be trained. Take the head out of `target_modules`."
-            )
         if self.args.gopd_estimator == "full" and isinstance(model.active_peft_config, PromptLearningConfig):
             raise ValueError(
                 "Prompt-learning adapters are not supported by `gopd_estimator='full'`, which calls the backbone. Use "
@@ -264,22 +268,51 @@ class GOPDTrainer(GRPOTrainer):
             raise NotImplementedError("Rows with images are not supported: frozen models score text only.")
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
         seen = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
-        if self.args.gopd_estimator == "sampled":
-            output["teacher_logps"] = self.teacher.score(ids, seen, output["completion_ids"])
-            if self.reference is not None:
-                output["reference_logps"] = self.reference.score(ids, seen, output["completion_ids"])
-            elif self._uses_reference:
-                with self._as_reference():
-                    output["reference_logps"] = super()._get_per_token_logps_and_entropies(
-                        self.model,
-                        ids,
-                        seen,
-                        output["completion_ids"].size(1),
-                        batch_size=self.args.per_device_train_batch_size,
-                    )[0]
+        if self.args.gopd_estimator == "sampled" or self.args.log_completions:
+            scores = self._score(ids, seen, output["completion_ids"])
+            if self.args.log_completions and not self._has_rewards:
+                self._log_row_advantages(output, scores, ids, seen)
+            if self.args.gopd_estimator == "sampled":
+                output.update(scores)
         if not self._has_rewards:
             self._drop_null_reward()
         return output
+
+    def _score(self, ids: Tensor, seen: Tensor, completion_ids: Tensor) -> dict[str, Tensor]:
+        """Log-probabilities `(B, T)` of the completions under teacher and, if it is used, reference."""
+        scores = {"teacher_logps": self.teacher.score(ids, seen, completion_ids)}
+        if self.reference is not None:
+            scores["reference_logps"] = self.reference.score(ids, seen, completion_ids)
+        elif self._uses_reference:
+            with self._as_reference():
+                scores["reference_logps"] = self._student_logps(ids, seen, completion_ids.size(1))
+        return scores
+
+    def _student_logps(self, ids: Tensor, seen: Tensor, num_tokens: int) -> Tensor:
+        return super()._get_per_token_logps_and_entropies(
+            self.model, ids, seen, num_tokens, batch_size=self.args.per_device_train_batch_size
+        )[0]
+
+    @torch.no_grad()
+    def _log_row_advantages(self, output, scores, ids: Tensor, seen: Tensor):
+        """Puts each completion's mean token advantage in the logged table, where GRPO puts that of its reward."""
+        mask = output["completion_mask"] * output.get("tool_mask", 1)
+        student_logps = output.get("old_per_token_logps")
+        if student_logps is None:
+            with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+                student_logps = self._student_logps(ids, seen, mask.size(1))
+        advantages = token_advantages(
+            student_logps=student_logps,
+            teacher_logps=scores["teacher_logps"],
+            reference_logps=scores.get("reference_logps"),
+            mask=mask,
+            gopd_lambda=self.args.gopd_lambda,
+            extrapolation_clip=self.args.gopd_extrapolation_clip,
+        )
+        rows = self.accelerator.gather(advantages.sum(1) / mask.sum(1).clamp(min=1)).tolist()
+        for _ in range(min(len(rows), len(self._logs["advantages"]))):
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(rows)
 
     def _drop_null_reward(self):
         for metrics in self._metrics.values():

@@ -1,0 +1,88 @@
+# `make demo` and `make test` need Python 3.11 or newer and nothing else: the first of them builds .venv, later ones reuse it.
+#
+#   PYTHON       which Python builds .venv                       make test PYTHON=python3.12
+#   PIP_ARGS     passed to every pip install                     make test PIP_ARGS=--no-cache-dir
+#   TORCH_ARGS   passed to the install of torch alone            make test TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+#   PYTEST_ARGS  passed to every pytest                          make test PYTEST_ARGS="-n 4"
+
+PYTHON ?= python3
+PIP_ARGS ?=
+TORCH_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+
+# One thread a process: the models under test are tiny, and more threads only wait for one another.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+DISTRIBUTED_TESTS := $(wildcard tests/distributed/test_*.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test slow lint format bench clean
+
+help:
+	@echo "make demo    distil a small embedded model on this machine and write demo_out/"
+	@echo "make test    run the tests (without those marked slow)"
+	@echo "make slow    run only the tests marked slow"
+	@echo "make lint    ruff check, ruff format --check, mypy"
+	@echo "make format  let ruff rewrite what it can"
+	@echo "make bench   time one G-OPD training step"
+	@echo "make clean   remove .venv, caches and outputs"
+
+install: $(STAMP)
+
+# torch goes first and by itself: resolved along with the rest, pip may change to another, multi-gigabyte build of it.
+$(STAMP): pyproject.toml setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "trl_gopd needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/pip || { echo "Creating $(VENV) (a few seconds)"; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing $(TORCH) into $(VENV) (about a minute, longer on a slow connection)"
+	@$(PIP_INSTALL) $(TORCH_ARGS) $(TORCH)
+	@echo "Installing trl_gopd and the pinned dependencies (2 to 10 minutes the first time: llama-cpp-python is compiled)"
+	@$(PIP_INSTALL) -c constraints.txt -e '.[test,dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@echo "Distilling a small embedded model, one seed, into demo_out/ (a few minutes on a CPU)"
+	@$(BIN)/trl-gopd demo distill --seeds 1 --output-dir demo_out
+
+# Tests that start process groups have a process of their own. Both halves always run, and either one failing fails.
+test: $(STAMP)
+	@echo "Running the tests (a few minutes on a CPU)"
+	@status=0; \
+	$(PYTEST) tests --ignore=tests/distributed || status=$$?; \
+	if [ -n "$(DISTRIBUTED_TESTS)" ]; then $(PYTEST) tests/distributed || status=$$?; fi; \
+	exit $$status
+
+# pytest's exit status 5 says that no test is marked slow, which is no failure here.
+slow: $(STAMP)
+	@echo "Running the tests marked slow (up to an hour on a CPU)"
+	@status=0; \
+	$(PYTEST) -m slow tests --ignore=tests/distributed || { code=$$?; [ $$code -eq 5 ] || status=$$code; }; \
+	if [ -n "$(DISTRIBUTED_TESTS)" ]; then \
+		$(PYTEST) -m slow tests/distributed || { code=$$?; [ $$code -eq 5 ] || status=$$code; }; \
+	fi; \
+	exit $$status
+
+lint: $(STAMP)
+	@echo "Checking style and types (under a minute)"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(STAMP)
+	@echo "Timing one G-OPD step (a few minutes on a CPU)"
+	@$(BIN)/python benchmarks/gopd_step.py
+
+clean:
+	@echo "Removing $(VENV), caches and outputs"
+	@rm -rf $(VENV) build dist *.egg-info demo_out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find trl_gopd tests examples benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,137 @@
+"""
+What this package relies on in TRL. A failure names what moved, and the file of ours to adapt.
+"""
+
+import inspect
+
+import pytest
+import torch
+import trl
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_gopd.gopd import _trl
+from trl_gopd.gopd.config import GOPDConfig
+
+
+WHERE = f"moved in TRL {trl.__version__}; adapt trl_gopd/gopd/"
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "file"),
+    [
+        ("_generate_and_score_completions", ["self", "inputs"], "trainer.py"),
+        ("_compute_loss", ["self", "model", "inputs"], "trainer.py"),
+        (
+            "_get_per_token_logps_and_entropies",
+            ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"],
+            "trainer.py",
+        ),
+        ("log", ["self", "logs", "start_time"], "trainer.py"),
+    ],
+)
+def test_signatures(method, parameters, file):
+    got = list(inspect.signature(getattr(GRPOTrainer, method)).parameters)
+    assert got[: len(parameters)] == parameters, f"GRPOTrainer.{method} {WHERE}{file}"
+
+
+def test_constructor_takes_our_keywords():
+    names = set(inspect.signature(GRPOTrainer.__init__).parameters)
+    ours = {
+        *("model", "reward_funcs", "args", "train_dataset", "eval_dataset", "processing_class", "callbacks"),
+        *("optimizers", "quantization_config", "peft_config", "tools"),
+    }
+    assert ours <= names, f"GRPOTrainer.__init__ lost {ours - names}: {WHERE}trainer.py"
+
+
+@pytest.mark.parametrize("name", _trl.__all__)
+def test_private_names_exist(name):
+    assert hasattr(_trl, name), f"{name} {WHERE}_trl.py"
+
+
+def test_grpo_still_refuses_one_generation(tmp_path):
+    """If it stops doing so, `allow_one_generation` is dead code."""
+    with pytest.raises(ValueError, match="at least 2 generations"):
+        GRPOConfig(str(tmp_path), num_generations=1, use_cpu=True, bf16=False)
+
+
+class Probe(GRPOTrainer):
+    """Records what it sees, and replaces the advantages by `(B, T)` ones."""
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        self.keys = set(output)
+        return output
+
+    def _compute_loss(self, model, inputs):
+        self.inputs = inputs = dict(inputs)
+        loss = super()._compute_loss(model, inputs)
+        self.loss = loss.item()
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        results = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self.arity, self.positional = len(results), len(args)
+        if hasattr(self, "inputs"):
+            gen = torch.Generator().manual_seed(0)
+            self.advantages = torch.randn(results[0].shape, generator=gen)
+            self.inputs["advantages"] = self.advantages
+        return results
+
+
+@pytest.fixture
+def probe(models, tmp_path, prompts, tokenizer):
+    args = GRPOConfig(
+        str(tmp_path),
+        num_generations=2,
+        per_device_train_batch_size=4,
+        max_completion_length=8,
+        max_steps=1,
+        loss_type="grpo",
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    probe = Probe(
+        model=str(models / "student"),
+        reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
+        args=args,
+        train_dataset=prompts,
+        processing_class=tokenizer,
+    )
+    probe.train()
+    return probe
+
+
+def test_advantages_are_read_after_the_log_probabilities(probe):
+    """Set while log-probabilities are computed, they are the ones in the loss: loss = −mean A of each row's tokens."""
+    mask = probe.inputs["completion_mask"]
+    want = -((probe.advantages * mask).sum(1) / mask.sum(1)).mean().item()
+    assert probe.loss == pytest.approx(want, rel=1e-5), f"order of calls in `_compute_loss` {WHERE}trainer.py"
+
+
+def test_arity_and_arguments(probe):
+    assert probe.arity == 3, f"returns of `_get_per_token_logps_and_entropies` {WHERE}trainer.py"
+    assert probe.positional == 4, f"positional arguments in `_compute_loss` {WHERE}trainer.py (`_full`)"
+
+
+def test_keys_of_a_generation_batch(probe):
+    ours = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch"}
+    assert ours <= probe.keys, f"keys {ours - probe.keys} of a generation batch {WHERE}trainer.py"
+
+
+def test_metrics_and_logs_that_are_cleaned(probe):
+    logged = probe.state.log_history[0]
+    for name in ("reward", "reward_std", "frac_reward_zero_std"):
+        assert name in logged, f"metric {name} {WHERE}trainer.py (`_drop_null_reward`)"
+    assert {"rewards", "advantages"} <= set(probe._logs), f"`_logs` {WHERE}trainer.py"
+
+
+def test_gopd_config_adds_no_field_of_grpo():
+    """A field of ours that GRPO gains later would change meaning without a word."""
+    from dataclasses import fields
+
+    grpo = {field.name for field in fields(GRPOConfig)}
+    own = {name for name in GOPDConfig.__annotations__ if name.startswith(("gopd_", "teacher_", "ref_model_"))}
+    assert not {name for name in own if name in grpo}, f"fields of GRPOConfig {WHERE}config.py"

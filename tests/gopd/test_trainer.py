@@ -1,0 +1,554 @@
+"""
+Laws of the trainer on tiny models: gradients against a policy gradient written here, which model is the reference,
+what each kind of teacher gives, and that nothing about the layout of a batch changes the result.
+"""
+
+import copy
+import json
+import math
+import random
+import zlib
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from tests.tiny import build_model, build_tokenizer
+from trl_gopd.gopd.config import GOPDConfig
+from trl_gopd.gopd.trainer import GOPDTrainer
+
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj"], "task_type": "CAUSAL_LM"}
+
+
+class ScriptedTrainer(GOPDTrainer):
+    """Completions depend on the prompt and the step alone, so that runs of other layouts see the same tokens."""
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        completions = []
+        for ids in prompt_ids:
+            rng = random.Random(zlib.crc32(repr((ids, self.state.global_step)).encode()))
+            length = rng.randrange(2, 9)
+            completions.append([rng.randrange(3, 259) for _ in range(length)] + [self._tokenizer.eos_token_id])
+        return completions, None
+
+
+class Recording(ScriptedTrainer):
+    """Keeps the micro-batches and the gradient before the optimizer sees it."""
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        self.grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return loss
+
+    def _compute_loss(self, model, inputs):
+        self.seen = inputs
+        loss = super()._compute_loss(model, inputs)
+        self.losses = [*getattr(self, "losses", []), loss.item()]
+        return loss
+
+
+@pytest.fixture
+def make(models, tmp_path, prompts, tokenizer):
+    """Builds a trainer; keyword arguments go to the trainer or to the configuration."""
+
+    def build(cls=Recording, model=None, **kwargs):
+        arguments = {
+            name: kwargs.pop(name)
+            for name in ("teacher_model", "ref_model", "peft_config", "reward_funcs", "eval_dataset", "train_dataset")
+            if name in kwargs
+        }
+        config = {
+            "output_dir": str(tmp_path / "out"),
+            "per_device_train_batch_size": 4,
+            "max_completion_length": 10,
+            "max_steps": 1,
+            "logging_steps": 1,
+            "learning_rate": 0.1,
+            "optim": "sgd",
+            "max_grad_norm": 0.0,
+            "weight_decay": 0.0,
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "gradient_checkpointing": False,
+            **kwargs,
+        }
+        arguments.setdefault("teacher_model", str(models / "teacher"))
+        arguments.setdefault("train_dataset", prompts)
+        return cls(
+            model=str(models / "student") if model is None else model,
+            args=GOPDConfig(**config),
+            processing_class=tokenizer,
+            **arguments,
+        )
+
+    return build
+
+
+def load(path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def log_probs(model, inputs):
+    """`(B, T, V)` log-probabilities of the completions, the naive way: each row alone, without padding."""
+    width = inputs["completion_ids"].size(1)
+    rows = []
+    for prompt, seen, completion, mask in zip(
+        *(inputs[k] for k in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")), strict=True
+    ):
+        ids = torch.cat([prompt[seen.bool()], completion[mask.bool()]]).unsqueeze(0)
+        count = int(mask.sum())
+        logits = model(input_ids=ids).logits[0, -count - 1 : -1].float().log_softmax(-1)
+        rows.append(torch.cat([logits, logits.new_zeros(width - count, logits.size(-1))]))
+    return torch.stack(rows)
+
+
+def naive_loss(student, teacher, reference, inputs, gopd_lambda, estimator):
+    """Mean over sequences of token means, three models, no trick."""
+    mask, ids = inputs["completion_mask"].float(), inputs["completion_ids"].unsqueeze(-1)
+    log_s = log_probs(student, inputs)
+    with torch.no_grad():
+        log_t, log_r = log_probs(teacher, inputs), log_probs(reference, inputs)
+    if estimator == "full":
+        log_q = (gopd_lambda * log_t + (1 - gopd_lambda) * log_r).log_softmax(-1)
+        token = (log_s.exp() * (log_s - log_q)).sum(-1)
+    else:
+        s, t, r = (x.gather(-1, ids).squeeze(-1) for x in (log_s, log_t, log_r))
+        token = -(gopd_lambda * t - (gopd_lambda - 1) * r - s).detach() * s
+    return ((token * mask).sum(1) / mask.sum(1)).mean()
+
+
+def assert_same_gradient(got, model, loss, relative=1e-5):
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    want = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+    norm = math.sqrt(sum(float(g.square().sum()) for g in want.values()))
+    gap = math.sqrt(sum(float((got[n] - want[n]).square().sum()) for n in want))
+    assert norm > 0 and gap / norm < relative, gap / norm
+
+
+class TestGradient:
+    @pytest.mark.parametrize("estimator", ["sampled", "full"])
+    @pytest.mark.parametrize("gopd_lambda", [0.5, 1.0, 1.25])
+    def test_equals_naive_policy_gradient(self, make, models, estimator, gopd_lambda):
+        trainer = make(gopd_lambda=gopd_lambda, gopd_estimator=estimator, ref_model=str(models / "base"))
+        trainer.train()
+        student = load(models / "student")
+        loss = naive_loss(
+            student, load(models / "teacher"), load(models / "base"), trainer.seen, gopd_lambda, estimator
+        )
+        assert_same_gradient(trainer.grads, student, loss)
+
+    def test_logged_loss_is_the_negated_mean_advantage(self, make):
+        trainer = make(loss_type="dapo")
+        trainer.train()
+        log = trainer.state.log_history[0]
+        assert log["loss"] == pytest.approx(-log["gopd/advantage_mean"], rel=1e-5)
+
+    def test_lambda_zero_towards_its_own_start_is_still(self, make):
+        """At λ = 0 the target is the reference; the student is there already, up to the noise of one token."""
+        trainer = make(gopd_lambda=0.0, gopd_estimator="full")
+        trainer.train()
+        # g = 0 up to the rounding of log-probabilities of magnitude below 16
+        assert max(float(g.abs().max()) for g in trainer.grads.values()) < 1e3 * 16 * torch.finfo(torch.float32).eps
+
+    @pytest.mark.parametrize("estimator", ["sampled", "full"])
+    def test_teacher_equal_to_student_gives_no_gradient(self, make, models, estimator):
+        trainer = make(teacher_model=str(models / "student"), gopd_estimator=estimator)
+        trainer.train()
+        assert max(float(g.abs().max()) for g in trainer.grads.values()) < 1e3 * 16 * torch.finfo(torch.float32).eps
+        assert abs(trainer.state.log_history[0]["gopd/reverse_kl"]) < 100 * torch.finfo(torch.float32).eps
+
+    @pytest.mark.parametrize("estimator", ["sampled", "full"])
+    def test_accumulation_equals_one_batch(self, make, estimator):
+        one, two = (
+            make(per_device_train_batch_size=size, gradient_accumulation_steps=4 // size, gopd_estimator=estimator)
+            for size in (4, 2)
+        )
+        one.train()
+        two.train()
+        for name, grad in one.grads.items():
+            torch.testing.assert_close(two.grads[name], grad, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("estimator", ["sampled", "full"])
+    def test_padding_changes_nothing(self, make, estimator):
+        plain, padded = (make(pad_to_multiple_of=n, gopd_estimator=estimator) for n in (None, 32))
+        plain.train()
+        padded.train()
+        assert padded.seen["completion_ids"].shape != plain.seen["completion_ids"].shape
+        for name, grad in plain.grads.items():
+            torch.testing.assert_close(padded.grads[name], grad, rtol=1e-4, atol=1e-6)
+
+    def test_temperature_divides_all_three(self, make, models):
+        trainer = make(temperature=0.7, ref_model=str(models / "base"))
+        trainer.train()
+        students = [load(models / name) for name in ("student", "teacher", "base")]
+        for model in students:
+            model.lm_head.weight.data /= 0.7
+        loss = naive_loss(*students, trainer.seen, 1.25, "sampled")
+        grads = torch.autograd.grad(loss, students[0].model.layers[0].mlp.up_proj.weight)[0]
+        got = trainer.grads["model.layers.0.mlp.up_proj.weight"]
+        assert (got - grads).norm() / grads.norm() < 1e-5
+
+
+class TestReference:
+    def test_lambda_one_never_touches_it(self, make, models, monkeypatch):
+        with pytest.warns(UserWarning, match="`ref_model` is not loaded"):
+            given = make(gopd_lambda=1.0, ref_model=str(models / "base"), max_steps=3)
+        monkeypatch.setattr(GOPDTrainer, "_as_reference", lambda self: pytest.fail("the reference was called"))
+        given.train()
+        plain = make(gopd_lambda=1.0, max_steps=3)  # made now: the constructor seeds, and training draws
+        plain.train()
+        assert given.reference is None and plain.reference is None
+        assert given.losses == plain.losses
+        for a, b in zip(given.model.parameters(), plain.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+    def test_default_is_the_start_in_memory(self, make, models):
+        student = load(models / "student")
+        with torch.no_grad():
+            student.lm_head.weight.mul_(1.5)
+        start = copy.deepcopy(student)
+        trainer = make(model=student, max_steps=2)
+        trainer.train()
+        assert torch.equal(trainer.reference.inner.model.lm_head.weight, start.lm_head.weight)
+        want = log_probs(start, trainer.seen).gather(-1, trainer.seen["completion_ids"].unsqueeze(-1)).squeeze(-1)
+        mask = trainer.seen["completion_mask"].bool()
+        torch.testing.assert_close(trainer.seen["reference_logps"][mask], want[mask], rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("estimator", ["sampled", "full"])
+    def test_fresh_lora_is_switched_off(self, make, models, estimator):
+        trainer = make(peft_config=LoraConfig(**LORA), max_steps=3, gopd_estimator=estimator)
+        assert trainer.reference is None
+        trainer.train()
+        base = load(models / "student")
+        merged = copy.deepcopy(trainer.model).merge_and_unload()
+        # recompute the gradient of the last step with the adapter of before it: LoRA by hand is the merged model
+        assert any(not torch.equal(a, b) for a, b in zip(merged.parameters(), base.parameters(), strict=True))
+        if estimator == "sampled":
+            ids = trainer.seen["completion_ids"].unsqueeze(-1)
+            want = log_probs(base, trainer.seen).gather(-1, ids).squeeze(-1)
+            mask = trainer.seen["completion_mask"].bool()
+            torch.testing.assert_close(trainer.seen["reference_logps"][mask], want[mask], rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("estimator", ["sampled", "full"])
+    def test_lora_gradient_uses_teacher_and_reference(self, make, models, estimator):
+        trainer = make(peft_config=LoraConfig(**LORA), gopd_estimator=estimator)
+        trainer.train()
+        student = get_peft_model(load(models / "student"), LoraConfig(**LORA))
+        start = load(models / "student")
+        trained = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
+        with torch.no_grad():
+            for name, parameter in student.named_parameters():
+                if "lora_A" in name:
+                    parameter.copy_(trained[name])  # B starts at 0, so A has no gradient in the first step
+        loss = naive_loss(student, load(models / "teacher"), start, trainer.seen, 1.25, estimator)
+        assert_same_gradient(trainer.grads, student, loss)
+
+    def trained_adapter(self, models):
+        torch.manual_seed(0)
+        model = get_peft_model(load(models / "student"), LoraConfig(**LORA))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.3)
+        return model
+
+    @pytest.mark.parametrize("beta", [0.0, 0.1])
+    def test_trained_adapter_is_copied(self, make, models, beta):
+        model = self.trained_adapter(models)
+        start = copy.deepcopy(model)
+        trainer = make(model=model, beta=beta, max_steps=2)
+        trainer.train()
+        ids = trainer.seen["completion_ids"].unsqueeze(-1)
+        want = log_probs(start, trainer.seen).gather(-1, ids).squeeze(-1)
+        mask = trainer.seen["completion_mask"].bool()
+        torch.testing.assert_close(trainer.seen["reference_logps"][mask], want[mask], rtol=0, atol=1e-5)
+        trainable = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+        assert trainable and not any(".ref." in name for name in trainable)
+
+    def test_adapter_name_taken(self, make, models):
+        model = self.trained_adapter(models)
+        model.add_adapter("ref", LoraConfig(**LORA))
+        with pytest.raises(ValueError, match="already has an adapter named 'ref'.*pass `ref_model`"):
+            make(model=model)
+
+    def test_state_is_restored_after_an_error(self, make):
+        trainer = make(peft_config=LoraConfig(lora_dropout=0.5, **LORA))
+        trainer.model.train()
+        with pytest.raises(RuntimeError, match="boom"), trainer._as_reference():
+            assert not trainer.model.training
+            raise RuntimeError("boom")
+        assert trainer.model.training and trainer.model.active_adapter == "default"
+        layer = trainer.model.base_model.model.model.layers[0].mlp.up_proj
+        assert not layer.disable_adapters and layer.lora_dropout["default"].training
+
+
+class TestTeacher:
+    def scores(self, trainer, model):
+        trainer.train()
+        ids = trainer.seen["completion_ids"].unsqueeze(-1)
+        want = log_probs(model, trainer.seen).gather(-1, ids).squeeze(-1)
+        mask = trainer.seen["completion_mask"].bool()
+        return trainer.seen["teacher_logps"][mask], want[mask]
+
+    def test_path_and_instance_agree(self, make, models):
+        by_path = make(max_steps=2)
+        by_path.train()
+        by_instance = make(teacher_model=load(models / "teacher"), max_steps=2)
+        by_instance.train()
+        assert by_path.losses == by_instance.losses
+
+    def test_peft_model(self, make, models):
+        torch.manual_seed(0)
+        teacher = get_peft_model(load(models / "teacher"), LoraConfig(**LORA))
+        with torch.no_grad():
+            for name, parameter in teacher.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.3)
+        got, want = self.scores(make(teacher_model=teacher), copy.deepcopy(teacher))
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+        with teacher.disable_adapter():
+            _, base = self.scores(make(teacher_model=copy.deepcopy(teacher)), teacher)
+        assert (got - base).abs().max() > 0.1  # the adapter is part of the teacher
+
+    def test_int8_quantized(self, make, models):
+        pytest.importorskip("bitsandbytes")
+        from transformers import BitsAndBytesConfig
+
+        quantized = AutoModelForCausalLM.from_pretrained(
+            models / "teacher", quantization_config=BitsAndBytesConfig(load_in_8bit=True), dtype=torch.float32
+        )
+        got, want = self.scores(make(teacher_model=quantized), quantized)
+        # both are the quantized model; its activations are rounded to 8 bits by row, so padding moves nothing
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+    def test_dtype_by_name_or_object(self, make, dtype):
+        trainer = make(teacher_model_init_kwargs={"dtype": dtype})
+        assert trainer.teacher.inner.base.dtype == torch.bfloat16
+
+    def test_checkpoint_dtype_is_kept(self, make, models, tmp_path, tokenizer):
+        load(models / "teacher").bfloat16().save_pretrained(tmp_path / "half")
+        tokenizer.save_pretrained(tmp_path / "half")
+        assert make(teacher_model=str(tmp_path / "half")).teacher.inner.base.dtype == torch.bfloat16
+
+    def test_frozen_models_are_not_trained_or_saved(self, make, tmp_path, models):
+        trainer = make(max_steps=1, save_strategy="steps", save_steps=1)
+        trainer.train()
+        frozen = {p.data_ptr() for m in (trainer.teacher, trainer.reference) for p in m.inner.parameters()}
+        trained = {p.data_ptr() for group in trainer.optimizer.param_groups for p in group["params"]}
+        assert not frozen & trained
+        assert all(not p.requires_grad for m in (trainer.teacher, trainer.reference) for p in m.inner.parameters())
+        saved = load(tmp_path / "out" / "checkpoint-1")
+        assert saved.num_parameters() == load(models / "student").num_parameters()
+
+    @pytest.mark.parametrize("estimator", ["sampled", "full"])
+    def test_padded_vocabulary(self, make, models, tokenizer, estimator):
+        teacher = build_model(tokenizer, seed=5, vocab_size=len(tokenizer) + 21)
+        trainer = make(teacher_model=teacher, gopd_estimator=estimator)
+        trainer.train()
+        assert math.isfinite(trainer.losses[0])
+
+    def test_vocabulary_smaller_than_the_tokenizer(self, make, tokenizer):
+        teacher = build_model(tokenizer, seed=5, vocab_size=len(tokenizer) - 9)
+        with pytest.raises(ValueError, match="vocabulary of 250 ids.*tokenizer has 259"):
+            make(teacher_model=teacher)
+
+    def test_other_tokenizer_names_the_first_difference(self, make, tmp_path):
+        other = build_tokenizer(extra_tokens=("<|think|>",))
+        build_model(other, seed=5).save_pretrained(tmp_path / "other")
+        other.save_pretrained(tmp_path / "other")
+        with pytest.raises(ValueError, match=r"id 3 is '<\|think\|>' there and '!' in the student's"):
+            make(teacher_model=str(tmp_path / "other"))
+
+    def test_student_as_its_own_teacher(self, make, models):
+        model = load(models / "student")
+        with pytest.raises(ValueError, match="`teacher_model` is the student itself"):
+            make(model=model, teacher_model=model)
+
+    def test_missing(self, make):
+        with pytest.raises(ValueError, match="No teacher.*Pass one of them"):
+            make(teacher_model=None)
+
+    def test_named_in_the_configuration(self, make, models):
+        trainer = make(teacher_model=None, teacher_model_name_or_path=str(models / "teacher"))
+        assert trainer.teacher.inner.config.hidden_size == 48
+
+    def test_dictionary_is_refused_for_now(self, make, models):
+        with pytest.raises(TypeError, match="got dict"):
+            make(teacher_model={"math": str(models / "teacher")})
+
+    def test_init_kwargs_for_an_instance(self, make, models):
+        with pytest.raises(ValueError, match="already instantiated"):
+            make(teacher_model=load(models / "teacher"), teacher_model_init_kwargs={"dtype": "bfloat16"})
+
+
+class TestRun:
+    def test_defaults_sample_for_real(self, make):
+        trainer = make(cls=GOPDTrainer, max_steps=2, per_device_train_batch_size=1)
+        trainer.train()
+        assert trainer.state.log_history[0]["completions/max_length"] <= 10
+
+    @pytest.mark.parametrize("gopd_lambda", [1.0, 1.25])
+    def test_divergence_to_the_target_falls(self, make, gopd_lambda):
+        trainer = make(
+            cls=GOPDTrainer,
+            gopd_lambda=gopd_lambda,
+            gopd_estimator="full",
+            max_steps=20,
+            per_device_train_batch_size=16,
+            learning_rate=1e-2,
+            optim="adamw_torch",
+        )
+        trainer.train()
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        assert losses[-1] < 0.5 * losses[0]
+
+    def test_sampled_reverse_kl_falls(self, make):
+        trainer = make(
+            cls=GOPDTrainer,
+            gopd_lambda=1.0,
+            max_steps=30,
+            per_device_train_batch_size=16,
+            learning_rate=1e-2,
+            optim="adamw_torch",
+        )
+        trainer.train()
+        values = [log["gopd/reverse_kl"] for log in trainer.state.log_history if "loss" in log]
+        assert sum(values[-5:]) < 0.7 * sum(values[:5])
+
+    @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo"])
+    def test_loss_types(self, make, loss_type):
+        trainer = make(loss_type=loss_type)
+        trainer.train()
+        assert sum(float(g.abs().sum()) for g in trainer.grads.values()) > 0
+
+    @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+    def test_full_loss_types_log_the_divergence(self, make, loss_type):
+        trainer = make(loss_type=loss_type, gopd_estimator="full", gopd_lambda=1.0)
+        trainer.train()
+        mask = trainer.seen["completion_mask"]
+        log = trainer.state.log_history[0]
+        if loss_type in ("bnpo", "dapo"):  # both are the mean over tokens here
+            assert trainer.losses[0] == pytest.approx(log["gopd/reverse_kl"], rel=1e-5)
+        if loss_type == "dr_grpo":
+            total = log["gopd/reverse_kl"] * mask.sum().item()
+            assert trainer.losses[0] == pytest.approx(total / (4 * 10), rel=1e-5)
+
+    def test_reuse_of_rollouts(self, make):
+        trainer = make(num_iterations=2, steps_per_generation=4, gradient_accumulation_steps=2, max_steps=4)
+        trainer.train()
+        assert "old_per_token_logps" in trainer.seen
+
+    def test_generations_with_task_reward(self, make):
+        """A_t plus the group advantage of the reward: rows of one prompt differ by the reward alone."""
+
+        def reward(completions, **kwargs):
+            return [float(i % 2) for i in range(len(completions))]
+
+        trainer = make(reward_funcs=reward, num_generations=2, gopd_lambda=1.0)
+        trainer.train()
+        log = trainer.state.log_history[0]
+        assert log["rewards/reward/mean"] == pytest.approx(0.5)
+        assert sorted(trainer.seen["advantages"].tolist()) == [-0.5, -0.5, 0.5, 0.5]
+
+    def test_reward_needs_a_group(self, make):
+        with pytest.raises(ValueError, match="`reward_funcs` with `num_generations=1` have no effect"):
+            make(reward_funcs=lambda completions, **kw: [0.0] * len(completions))
+
+    def test_evaluate(self, make, prompts):
+        trainer = make(eval_dataset=prompts, per_device_eval_batch_size=4)
+        metrics = trainer.evaluate()
+        assert math.isfinite(metrics["eval_loss"])
+        logged = trainer.state.log_history[-1]
+        assert "eval_gopd/reverse_kl" in logged and not any("null" in key for key in logged)
+
+    def test_iterable_and_conversational(self, make):
+        rows = [{"prompt": [{"role": "user", "content": f"{i}?"}]} for i in range(16)]
+        trainer = make(train_dataset=IterableDataset.from_generator(lambda: iter(rows)), max_steps=2)
+        trainer.train()
+        assert trainer.state.global_step == 2
+
+    def test_resume(self, make, tmp_path):
+        whole = make(max_steps=4, save_strategy="steps", save_steps=2)
+        whole.train()
+        rest = make(max_steps=4)
+        rest.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+        assert rest.losses == whole.losses[2:]
+
+    def test_no_trace_of_the_null_reward(self, make, tmp_path):
+        trainer = make(log_completions=True, save_strategy="steps", save_steps=1)
+        trainer.train()
+        assert not any("reward" in key for log in trainer.state.log_history for key in log if "gopd/" not in key)
+        table = pd.read_parquet(next((tmp_path / "out" / "completions").glob("*.parquet")))
+        assert list(table.columns) == ["step", "prompt", "completion", "advantage"]
+        mean = trainer.state.log_history[0]["gopd/advantage_mean"]
+        lengths = trainer.seen["completion_mask"].sum(1)
+        assert table["advantage"].abs().min() > 0 and len(table) == len(lengths) and math.isfinite(mean)
+
+    def test_model_card(self, make, tmp_path):
+        trainer = make(save_strategy="steps", save_steps=1)
+        trainer.train()
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "2602.12125" in card and "G-OPD" in card and "DeepSeekMath" not in card
+
+    def test_pad_is_eos(self, make, tokenizer):
+        twin = copy.deepcopy(tokenizer)
+        twin.pad_token = twin.eos_token
+        trainer = make()
+        trainer.train()
+        other = make()
+        other._tokenizer = other.processing_class = twin
+        other.train()
+        assert torch.equal(trainer.seen["completion_mask"], other.seen["completion_mask"])
+        last = other.seen["completion_mask"].sum(1) - 1
+        assert (other.seen["completion_ids"].gather(1, last.unsqueeze(1)) == twin.eos_token_id).all()
+
+    def test_missed_hook_raises(self, make, monkeypatch):
+        trainer = make()
+        monkeypatch.setattr(
+            "trl.GRPOTrainer._compute_loss", lambda self, model, inputs: inputs["advantages"].sum() * 0
+        )
+        with pytest.raises(RuntimeError, match="without asking for log-probabilities first.*trl>=1.16"):
+            trainer._compute_loss(trainer.model, {"advantages": torch.zeros(1)})
+
+
+class TestBadInput:
+    def test_empty_dataset(self, make):
+        with pytest.raises(ValueError, match="`train_dataset` is empty"):
+            make(train_dataset=Dataset.from_dict({"prompt": []}))
+
+    def test_no_prompt_column(self, make):
+        with pytest.raises(ValueError, match=r"needs a column `prompt`.*it has \['question'\]"):
+            make(train_dataset=Dataset.from_dict({"question": ["?"]}))
+
+    def test_grpo_config(self, models, prompts, tmp_path):
+        from trl import GRPOConfig
+
+        with pytest.raises(TypeError, match="must be a `GOPDConfig`, got GRPOConfig"):
+            GOPDTrainer(
+                model=str(models / "student"),
+                teacher_model=str(models / "teacher"),
+                args=GRPOConfig(str(tmp_path), use_cpu=True, bf16=False),
+                train_dataset=prompts,
+            )
+
+    def test_adapter_on_the_head(self, make):
+        with pytest.raises(ValueError, match="PEFT adapter to `lm_head` is not supported"):
+            make(peft_config=LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
+
+
+def test_peft_checkpoint_holds_the_adapter_alone(make, tmp_path):
+    trainer = make(peft_config=LoraConfig(**LORA), save_strategy="steps", save_steps=1)
+    trainer.train()
+    config = json.loads((tmp_path / "out" / "checkpoint-1" / "adapter_config.json").read_text())
+    assert config["r"] == 4
+    assert isinstance(trainer.model, PeftModel)
+    assert not (tmp_path / "out" / "checkpoint-1" / "model.safetensors").exists()

@@ -1,0 +1,34 @@
+"""
+Generalized On-Policy Distillation (https://huggingface.co/papers/2602.12125) for TRL.
+
+The public names below are loaded when first used, so that `import trl_gopd` stays free of torch, transformers and TRL.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from trl_gopd.gopd.config import GOPDConfig
+    from trl_gopd.gopd.trainer import GOPDTrainer
+
+__version__ = "0.1.0"
+
+__all__ = ["GOPDConfig", "GOPDTrainer", "__version__"]
+
+_MODULE_OF = {
+    "GOPDConfig": "trl_gopd.gopd.config",
+    "GOPDTrainer": "trl_gopd.gopd.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
