@@ -1,0 +1,156 @@
+"""
+Runs a function in two real processes over gloo, under DDP, DeepSpeed ZeRO or FSDP2, on a machine without a GPU.
+
+Importing TRL and DeepSpeed costs several seconds, so the test module imports them once and every scenario is a fork of
+it: about three seconds instead of fifteen through `accelerate launch`. The environment of a rank is what `accelerate
+launch --config_file` would give it.
+"""
+
+import json
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the same path on a machine that has a GPU
+
+import deepspeed.ops
+import torch
+
+
+# A fork must not inherit a pool of threads that only exists in its parent.
+torch.set_num_threads(1)
+# Plain gloo instead of DeepSpeed's shared-memory op, whose C++ build takes a minute and which training does not use.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+# `accelerator.distributed_type` of each: launchers fall back silently, so every scenario has to assert it.
+DISTRIBUTED_TYPES = {"single": "NO", "ddp": "MULTI_CPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+LOG_TAIL = 4000
+
+
+def world_size(layout: str) -> int:
+    """Ranks that `run` starts for a layout."""
+    return 1 if layout == "single" else 2
+
+
+def run(function: Callable[..., Any], layout: str, *, timeout: float = 120, **kwargs) -> list[Any]:
+    """
+    Calls `function(layout=layout, rank=rank, **kwargs)` in every rank.
+
+    Args:
+        function (`Callable`):
+            What to run. Its result is pickled.
+        layout (`str`):
+            A key of `DISTRIBUTED_TYPES`.
+        timeout (`float`, *optional*, defaults to `120`):
+            Seconds after which ranks that still run are killed.
+        **kwargs:
+            Passed on.
+
+    Returns:
+        `list`: the result of every rank.
+
+    Raises:
+        `AssertionError`: If a rank fails or does not end in time. The message holds the end of every rank's log.
+    """
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory(prefix=f"{layout}_") as name:
+        folder = Path(name)
+        environment = {**_environment(layout, folder), "MASTER_PORT": str(_free_port())}
+        ranks = [
+            context.Process(target=_rank, args=(function, kwargs, layout, rank, environment, folder))
+            for rank in range(world_size(layout))
+        ]
+        for process in ranks:
+            process.start()
+        started = time.monotonic()
+        is_late = _wait(ranks, started + timeout)
+        codes = [process.exitcode for process in ranks]
+        if is_late or any(codes):
+            raise AssertionError(_report(layout, codes, is_late, time.monotonic() - started, folder))
+        return [pickle.loads((folder / f"{rank}.pkl").read_bytes()) for rank in range(len(ranks))]
+
+
+def _environment(layout: str, folder: Path) -> dict[str, str]:
+    """What `accelerate launch` exports to every rank."""
+    if layout == "single":
+        return {}
+    world = str(world_size(layout))
+    environment = {
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+        "MASTER_ADDR": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "ACCELERATE_MIXED_PRECISION": "no",
+    }
+    if layout.startswith("zero"):
+        config = json.loads((EXAMPLES / "deepspeed" / f"{layout}.json").read_text())
+        if layout == "zero3":
+            # Small parameters stay whole by default, which would be all of a tiny model.
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        path = folder / f"{layout}.json"
+        path.write_text(json.dumps(config))
+        environment |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
+        environment["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = str(layout == "zero3").lower()
+    return environment
+
+
+def _wait(ranks, deadline: float) -> bool:
+    """Waits for all ranks; once one has failed its peers hang, so they get two seconds. Whether it took too long."""
+    has_failed = False
+    while any(process.is_alive() for process in ranks):
+        if not has_failed and any(process.exitcode for process in ranks):
+            has_failed, deadline = True, min(deadline, time.monotonic() + 2)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    is_late = not has_failed and any(process.is_alive() for process in ranks)
+    for process in ranks:
+        if process.is_alive():
+            process.kill()
+        process.join()
+    return is_late
+
+
+def _report(layout: str, codes: list[int | None], is_late: bool, seconds: float, folder: Path) -> str:
+    lines = [f"{layout}: {'no end' if is_late else 'failure'} after {seconds:.0f} s, exit codes {codes}"]
+    for rank in range(len(codes)):
+        path = folder / f"{rank}.log"
+        log = path.read_text(errors="replace") if path.exists() else "(no log)"
+        lines += [f"--- rank {rank} ---", log[-LOG_TAIL:]]
+    return "\n".join(lines)
+
+
+def _rank(function, kwargs, layout: str, rank: int, environment: dict[str, str], folder: Path) -> None:
+    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # not the test runner's
+    code = 1
+    try:
+        os.environ.update(environment)
+        if world_size(layout) > 1:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        result = function(layout=layout, rank=rank, **kwargs)
+        (folder / f"{rank}.pkl").write_bytes(pickle.dumps(result))
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        code = 0
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
+    os._exit(code)  # nothing of the parent's, such as pytest's own handlers, may run in a fork
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
