@@ -15,9 +15,11 @@ import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.distributed import harness
+from tests.tiny import build_model
 from trl_gopd.gopd.config import GOPDConfig
 from trl_gopd.gopd.trainer import GOPDTrainer
 
@@ -46,7 +48,21 @@ class ScriptedTrainer(GOPDTrainer):
         return super()._compute_loss(model, inputs)
 
 
-def train(layout, rank, *, models, out, estimator="sampled", lora=False, accumulation=1, save=False):
+def train(
+    layout,
+    rank,
+    *,
+    models,
+    out,
+    student="student",
+    estimator="sampled",
+    lora=False,
+    accumulation=1,
+    save_steps=None,
+    resume=None,
+    **options,
+):
+    """Trains and returns, as plain numbers and tensors, all that a test may want to compare."""
     tokenizer = AutoTokenizer.from_pretrained(f"{models}/student")
     ranks = harness.world_size(layout)
     args = GOPDConfig(
@@ -59,27 +75,26 @@ def train(layout, rank, *, models, out, estimator="sampled", lora=False, accumul
         max_completion_length=12,
         max_steps=STEPS,
         logging_steps=1,
-        learning_rate=0.1,
-        optim="sgd",
         max_grad_norm=0.0,
         weight_decay=0.0,
         use_cpu=True,
         bf16=False,
         report_to="none",
         disable_tqdm=True,
-        save_strategy="steps" if save else "no",
-        save_steps=STEPS,
+        save_strategy="steps" if save_steps else "no",
+        save_steps=save_steps or STEPS,
+        **{"learning_rate": 0.1, "optim": "sgd", **options},
     )
     set_seed(0)  # the adapter's random half
     trainer = ScriptedTrainer(
-        model=f"{models}/student",
+        model=f"{models}/{student}",
         teacher_model=f"{models}/teacher",
         args=args,
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=tokenizer,
         peft_config=LoraConfig(**LORA) if lora else None,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     frozen = {"teacher": trainer.teacher, "reference": trainer.reference}
     modules = {"student": trainer.model, **{name: given.inner for name, given in frozen.items() if given is not None}}
     shapes = {
@@ -106,6 +121,28 @@ def train(layout, rank, *, models, out, estimator="sampled", lora=False, accumul
     }
 
 
+def instance_refused(layout, rank, *, models, out):
+    """The message with which an instance of the student, already sharded, is refused."""
+    args = GOPDConfig(output_dir=out, use_cpu=True, bf16=False, report_to="none")
+    student = AutoModelForCausalLM.from_pretrained(f"{models}/student")
+    with pytest.raises(ValueError) as error:
+        GOPDTrainer(
+            model=student,
+            teacher_model=f"{models}/teacher",
+            args=args,
+            train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+            processing_class=AutoTokenizer.from_pretrained(f"{models}/student"),
+        )
+    return str(error.value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tied(models, tokenizer):
+    """A folder of a student whose head is its embedding."""
+    build_model(tokenizer, seed=4, tie_word_embeddings=True).save_pretrained(models / "tied")
+    tokenizer.save_pretrained(models / "tied")
+
+
 @pytest.fixture(scope="module")
 def single(models, tmp_path_factory):
     """Results of one process, each computed once."""
@@ -127,8 +164,9 @@ def run_layout(layout, models, out, lora=False, **scenario):
     for got in ranks:
         assert got["distributed_type"] == harness.DISTRIBUTED_TYPES[layout]
         assert got["num_processes"] == 2
-        # With an adapter the reference is the student without it.
-        assert set(got["shapes"]) == {"student", "teacher"} | (set() if lora else {"reference"})
+        # With an adapter the reference is, by default, the student without it.
+        has_reference = not lora or "ref_model_name_or_path" in scenario
+        assert set(got["shapes"]) == {"student", "teacher"} | ({"reference"} if has_reference else set())
         assert got["trained"] == {"student"}
         for shapes in got["shapes"].values():
             is_sharded = [local == (0,) and whole != () for local, whole in shapes]
@@ -138,11 +176,12 @@ def run_layout(layout, models, out, lora=False, **scenario):
     return ranks
 
 
-def assert_same_training(got, want):
+def assert_same_training(got, want, names=None):
+    """Compares the logged values of the given names, by default all, and the weights."""
     assert len(got["logs"]) == len(want["logs"]) == STEPS
     for ours, theirs in zip(got["logs"], want["logs"], strict=True):
         assert ours.keys() == theirs.keys()
-        for name in theirs:
+        for name in names or theirs:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
         assert theirs["grad_norm"] > 1e-2
     assert got["weights"].keys() == want["weights"].keys()
@@ -151,8 +190,54 @@ def assert_same_training(got, want):
 
 
 @pytest.mark.parametrize("layout", ["ddp", "zero2", "zero3"])
-@pytest.mark.parametrize("estimator", ["sampled"])
+@pytest.mark.parametrize("estimator", ["sampled", "full"])
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 def test_two_processes_train_as_one(layout, lora, estimator, models, tmp_path, single):
     got = run_layout(layout, models, tmp_path, lora=lora, estimator=estimator)[0]
     assert_same_training(got, single(lora=lora, estimator=estimator))
+
+
+@pytest.mark.parametrize("layout,estimator", [("ddp", "sampled"), ("zero2", "full"), ("zero3", "sampled")])
+def test_accumulated_gradients_train_as_one_process(layout, estimator, models, tmp_path, single):
+    scenario = {"estimator": estimator, "accumulation": 2}
+    got = run_layout(layout, models, tmp_path, **scenario)[0]
+    assert len(got["seen"]) == 2 * STEPS
+    # Other metrics are means over micro-batches, and which rows share one is drawn by each rank.
+    assert_same_training(got, single(**scenario), names=("loss", "grad_norm"))
+
+
+@pytest.mark.parametrize("layout", ["ddp", "zero2", "zero3"])
+def test_head_tied_to_the_embedding_trains_as_one_process(layout, models, tmp_path, single):
+    scenario = {"estimator": "full", "student": "tied"}
+    assert_same_training(run_layout(layout, models, tmp_path, **scenario)[0], single(**scenario))
+
+
+def test_another_reference_with_an_adapter_trains_as_one_process(models, tmp_path, single):
+    scenario = {"lora": True, "ref_model_name_or_path": str(models / "base")}
+    assert_same_training(run_layout("zero3", models, tmp_path, **scenario)[0], single(**scenario))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_checkpoint_holds_the_student_alone_and_resumes_exactly(lora, models, tmp_path):
+    scenario = {"lora": lora, "optim": "adamw_torch", "learning_rate": 1e-3, "save_steps": STEPS - 1}
+    want = run_layout("zero3", models, tmp_path / "whole", **scenario)[0]
+    checkpoint = tmp_path / "whole" / f"checkpoint-{STEPS - 1}"
+    saved = load_file(checkpoint / ("adapter_model.safetensors" if lora else "model.safetensors"))
+    trained = {name.replace(".default", ""): p for name, p in want["weights"].items() if not lora or "lora_" in name}
+    assert {name: p.shape for name, p in saved.items()} == {name: p.shape for name, p in trained.items()}
+
+    shards = [torch.load(path, weights_only=False) for path in checkpoint.glob("global_step*/*_optim_states.pt")]
+    flat = [group for shard in shards for group in shard["optimizer_state_dict"]["fp32_flat_groups"]]
+    count = sum(p.numel() for p in trained.values())
+    assert len(shards) == 2
+    assert count <= sum(group.numel() for group in flat) <= count + len(trained)  # padded to an even length each
+
+    got = run_layout("zero3", models, tmp_path / "resumed", **scenario, resume=str(checkpoint))[0]
+    assert got["logs"][-1] == want["logs"][-1]
+    for name, weight in want["weights"].items():
+        assert torch.equal(got["weights"][name], weight), name
+
+
+def test_sharded_instance_is_refused_as_its_own_reference(models, tmp_path):
+    for message in harness.run(instance_refused, "zero3", models=str(models), out=str(tmp_path)):
+        assert message.startswith("The student is already sharded by ZeRO-3")
