@@ -11,7 +11,6 @@ import torch
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import (
     create_model_from_path,
-    disable_dropout_in_model,
     get_config_model_id,
     maybe_gather_lm_head_ctx,
     use_adapter,
@@ -21,7 +20,6 @@ from trl.trainer.utils import (
 __all__ = [
     "allow_one_generation",
     "create_model_from_path",
-    "disable_dropout_in_model",
     "disable_gradient_checkpointing",
     "gather_heads",
     "get_config_model_id",

@@ -17,7 +17,6 @@ from trl import GRPOTrainer
 
 from . import teachers
 from ._trl import (
-    disable_dropout_in_model,
     disable_gradient_checkpointing,
     gather_heads,
     get_config_model_id,
@@ -220,7 +219,6 @@ class GOPDTrainer(GRPOTrainer):
                 f"`{role}` is the student itself, which training changes. Pass a path or another instance of it."
             )
         teachers.check_tokenizer(self._tokenizer, model, given, role=role)
-        disable_dropout_in_model(model)
         return teachers.Frozen(
             model,
             accelerator=self.accelerator,

@@ -1,0 +1,17 @@
+"""The examples in docstrings run and print what they say."""
+
+import doctest
+import importlib
+
+import pytest
+
+
+@pytest.mark.parametrize("name", ["gopd.objective", "gopd.scoring", "gopd.trainer", "demo.arithmetic"])
+def test_examples(name):
+    result = doctest.testmod(importlib.import_module(f"trl_gopd.{name}"))
+    assert result.failed == 0
+
+
+def test_the_check_sees_examples():
+    module = importlib.import_module("trl_gopd.gopd.objective")
+    assert doctest.testmod(module).attempted > 0
