@@ -260,7 +260,11 @@ class Worker:
         try:
             return self._pipe.recv()
         except EOFError:
-            raise RuntimeError(f"`{self.contestant}` stopped before it was done; its error is above.") from None
+            self._process.join()
+            raise RuntimeError(
+                f"`{self.contestant}` stopped with exit code {self._process.exitcode}. Its error is above; -9 without "
+                "one is a lack of memory, for which there is `--only`."
+            ) from None
 
     def step(self) -> dict:
         self._pipe.send("step")
@@ -279,12 +283,14 @@ def measure(contestants: list[str], setting: Setting) -> dict[str, dict]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     workers = [Worker(contestant, setting) for contestant in contestants]
     results = {worker.contestant: {"device": worker.receive()["device"], "steps": []} for worker in workers}
+    started = time.perf_counter()
     for number in range(setting.warmup + setting.repeats):
         for worker in workers if number % 2 == 0 else reversed(workers):
             step = worker.step()
             if number >= setting.warmup:
                 results[worker.contestant]["steps"].append(step)
-        print(f"round {number + 1} of {setting.warmup + setting.repeats}", file=sys.stderr)
+        elapsed = time.perf_counter() - started
+        print(f"round {number + 1} of {setting.warmup + setting.repeats}, {elapsed:.0f} s", file=sys.stderr)
     for worker in workers:
         results[worker.contestant]["memory"] = worker.receive()
     return results
