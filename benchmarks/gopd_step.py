@@ -121,7 +121,7 @@ def _byte_tokenizer():
 
 
 def build_prompts(size: str, rows: int) -> list[str]:
-    """Texts of 32 tokens in the tokenizer of `size`: of bytes, or one that cuts out every digit."""
+    """Texts of 32 tokens for `"tiny"`, whose tokens are bytes, and of 33 for `"smollm2"`, which cuts out digits."""
     if size == "tiny":
         return [f"Add up, please: {i:04} plus {i + 1234:06}" for i in range(rows)]
     return [f"Please add up these numbers: {i:09} and {i + 1234:015}" for i in range(rows)]
