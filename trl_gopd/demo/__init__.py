@@ -1,0 +1,1 @@
+"""The embedded model and the tasks that need no hub."""

@@ -1,0 +1,395 @@
+"""
+The paper's claim on a laptop: a student distilled with λ > 1 gets better than the teacher that taught it.
+
+Scene one: a base learns addition from noisy answers, GRPO makes a teacher of it, and `GOPDTrainer` distils the teacher
+back into the base at several λ. Scene two, strong to weak: the student is a smaller base, and the reference is either
+its own start or the teacher's base (reward correction).
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, stdev
+
+from tqdm.auto import tqdm
+
+
+LAMBDAS = (0.5, 1.0, 1.25, 1.5)
+ESTIMATORS = ("sampled", "full")
+# Scene two: λ and reference of the smaller student. At λ = 1 there is no reference.
+CORRECTION = ((1.0, None), (1.25, "student_start"), (1.25, "teacher_base"))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    Sizes and lengths of the demo.
+
+    Args:
+        base (`tuple[int, int]`): Width and depth of base, teacher and student of scene one.
+        small (`tuple[int, int]`): The same of the student of scene two.
+        noise (`float`): Share of wrong answers that the bases learn from.
+        base_steps, teacher_steps, student_steps (`int`): Optimizer steps of each stage.
+        base_batch_size (`int`): Rows a step of pretraining.
+        base_learning_rate, teacher_learning_rate, student_learning_rate (`float`): Its learning rate.
+        batch_size (`int`): Completions a step of distillation.
+        n (`int`): Sampled answers an evaluation.
+    """
+
+    base: tuple[int, int] = (64, 2)
+    small: tuple[int, int] = (32, 1)
+    noise: float = 0.25
+    base_steps: int = 1000
+    base_batch_size: int = 128
+    base_learning_rate: float = 4e-3
+    teacher_steps: int = 60
+    teacher_learning_rate: float = 1e-4
+    student_steps: int = 100
+    student_learning_rate: float = 5e-4
+    batch_size: int = 256
+    n: int = 8100
+
+
+def _start_worker() -> None:
+    import torch
+    from datasets import disable_progress_bars
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
+    # The scene shows one bar and one table; what each short trainer prints at its end is left out.
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _load(path: Path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path)
+
+
+def _row(seed: int, model: str, evaluation, *, gopd_lambda=None, estimator=None, reference=None) -> dict:
+    return {
+        "seed": seed,
+        "model": model,
+        "lambda": gopd_lambda,
+        "estimator": estimator,
+        "reference": reference,
+        "accuracy": evaluation.accuracy,
+        "n": evaluation.n,
+        "kl_to_teacher": evaluation.kl_to_teacher,
+        "length": evaluation.length,
+    }
+
+
+def _make_teacher(folder: Path, seed: int, settings: Settings) -> list[dict]:
+    from . import arithmetic as task
+
+    tokenizer = task.build_tokenizer()
+    base = task.train_base(
+        tokenizer,
+        task.Size(*settings.base),
+        steps=settings.base_steps,
+        noise=settings.noise,
+        seed=seed,
+        batch_size=settings.base_batch_size,
+        learning_rate=settings.base_learning_rate,
+        output_dir=str(folder / "base"),
+    )
+    base.save_pretrained(folder / "base")
+    teacher = task.train_teacher(
+        _load(folder / "base"),
+        tokenizer,
+        steps=settings.teacher_steps,
+        seed=seed,
+        learning_rate=settings.teacher_learning_rate,
+        output_dir=str(folder / "teacher"),
+    )
+    teacher.save_pretrained(folder / "teacher")
+    for name in ("base", "teacher"):
+        tokenizer.save_pretrained(folder / name)
+    return [
+        _row(seed, name, task.evaluate(_load(folder / name), tokenizer, n=settings.n, seed=seed, teacher=teacher))
+        for name in ("base", "teacher")
+    ]
+
+
+def _make_small_base(folder: Path, seed: int, settings: Settings) -> list[dict]:
+    from . import arithmetic as task
+
+    tokenizer = task.build_tokenizer()
+    small = task.train_base(
+        tokenizer,
+        task.Size(*settings.small),
+        steps=settings.base_steps,
+        noise=settings.noise,
+        seed=seed + 1000,  # another model than the large one in every respect
+        batch_size=settings.base_batch_size,
+        learning_rate=settings.base_learning_rate,
+        output_dir=str(folder / "small_base"),
+    )
+    small.save_pretrained(folder / "small_base")
+    tokenizer.save_pretrained(folder / "small_base")
+    return [_row(seed, "small_base", task.evaluate(small, tokenizer, n=settings.n, seed=seed))]
+
+
+def _distil(
+    folder: Path,
+    seed: int,
+    settings: Settings,
+    *,
+    student: str,
+    gopd_lambda: float,
+    estimator: str,
+    reference: str | None,
+) -> list[dict]:
+    from trl_gopd import GOPDConfig, GOPDTrainer
+
+    from . import arithmetic as task
+
+    tokenizer = task.build_tokenizer()
+    name = f"{student}-{gopd_lambda}-{estimator}-{reference}"
+    trainer = GOPDTrainer(
+        model=str(folder / student),
+        teacher_model=str(folder / "teacher"),
+        ref_model=str(folder / "base") if reference == "teacher_base" else None,
+        args=GOPDConfig(
+            output_dir=str(folder / name),
+            gopd_lambda=gopd_lambda,
+            gopd_estimator=estimator,
+            max_steps=settings.student_steps,
+            per_device_train_batch_size=settings.batch_size,
+            max_completion_length=task.MAX_COMPLETION_LENGTH,
+            learning_rate=settings.student_learning_rate,
+            seed=seed,
+            **task.CPU,
+        ),
+        train_dataset=task.prompts(task.sums("train")),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.model.save_pretrained(folder / name)
+    # reloaded, so that what is judged is what was saved
+    evaluation = task.evaluate(
+        _load(folder / name), tokenizer, n=settings.n, seed=seed, teacher=_load(folder / "teacher")
+    )
+    model = "student" if student == "base" else "small_student"
+    return [_row(seed, model, evaluation, gopd_lambda=gopd_lambda, estimator=estimator, reference=reference)]
+
+
+def run(
+    *,
+    seeds: int,
+    output_dir: Path,
+    lambdas: Sequence[float] = LAMBDAS,
+    estimators: Sequence[str] = ESTIMATORS,
+    settings: Settings | None = None,
+    workers: int = 2,
+) -> dict:
+    """
+    Runs both scenes for each seed and returns the result, which is also what the JSON file holds.
+
+    Args:
+        seeds (`int`): How many seeds, from 0 on.
+        output_dir (`Path`): Where models and figure go; made if missing.
+        lambdas (`Sequence[float]`): λ of scene one.
+        estimators (`Sequence[str]`): Estimators of scene one.
+        settings ([`Settings`], *optional*): Sizes and lengths.
+        workers (`int`, *optional*, defaults to `2`): Processes; each uses one thread.
+
+    Returns:
+        `dict`: `rows` of `{seed, model, lambda, estimator, reference, accuracy, n, kl_to_teacher, length}`, and their
+        `summary`.
+    """
+    settings = settings or Settings()
+    start = time.perf_counter()
+    rows: list[dict] = []
+    students = [(gopd_lambda, estimator) for estimator in estimators for gopd_lambda in lambdas]
+    total = seeds * (2 + len(students) + len(CORRECTION))
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool,
+        tqdm(total=total, desc="bases and teachers", unit="model") as bar,
+    ):
+
+        def collect(futures: list[Future]) -> None:
+            for future in as_completed(futures):
+                rows.extend(future.result())
+                bar.update()
+
+        folders = {seed: Path(output_dir) / "models" / f"seed{seed}" for seed in range(seeds)}
+        collect(
+            [
+                pool.submit(make, folder, seed, settings)
+                for seed, folder in folders.items()
+                for make in (_make_teacher, _make_small_base)
+            ]
+        )
+        bar.set_description("students")
+        jobs = []
+        for seed, folder in folders.items():
+            for gopd_lambda, estimator in students:
+                reference = None if gopd_lambda == 1 else "student_start"
+                jobs.append((folder, seed, "base", gopd_lambda, estimator, reference))
+            jobs += [(folder, seed, "small_base", gopd_lambda, "sampled", ref) for gopd_lambda, ref in CORRECTION]
+        collect(
+            [
+                pool.submit(
+                    _distil,
+                    folder,
+                    seed,
+                    settings,
+                    student=student,
+                    gopd_lambda=gopd_lambda,
+                    estimator=estimator,
+                    reference=reference,
+                )
+                for folder, seed, student, gopd_lambda, estimator, reference in jobs
+            ]
+        )
+    order = {name: index for index, name in enumerate(("base", "teacher", "student", "small_base", "small_student"))}
+    rows.sort(
+        key=lambda r: (order[r["model"]], r["estimator"] or "", r["lambda"] or 0, r["reference"] or "", r["seed"])
+    )
+    return {
+        "command": " ".join(["trl-gopd", *sys.argv[1:]]),
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "trl-gopd")},
+        "settings": asdict(settings),
+        "seconds": round(time.perf_counter() - start, 1),
+        "rows": rows,
+        "summary": summarize(rows),
+    }
+
+
+def summarize(rows: Sequence[dict]) -> list[dict]:
+    """
+    Means over seeds of the rows of one kind, with standard errors.
+
+    With several seeds the standard error is that of the mean over seeds; with one it is the binomial one of the
+    sampled answers. `gain_over_teacher` is the mean of the differences within a seed, and its standard error is that
+    of those differences.
+    """
+    teacher = {row["seed"]: row for row in rows if row["model"] == "teacher"}
+    kinds: dict[tuple, list[dict]] = {}
+    for row in rows:
+        kinds.setdefault(tuple(row[k] for k in ("model", "lambda", "estimator", "reference")), []).append(row)
+    summary = []
+    for (model, gopd_lambda, estimator, reference), group in kinds.items():
+        gains = [row["accuracy"] - teacher[row["seed"]]["accuracy"] for row in group]
+        binomial = [_binomial_variance(row) for row in group]
+        both = [v + _binomial_variance(teacher[row["seed"]]) for v, row in zip(binomial, group, strict=True)]
+        divergences = [row["kl_to_teacher"] for row in group if row["kl_to_teacher"] is not None]
+        is_teacher = model == "teacher"
+        summary.append(
+            {
+                "model": model,
+                "lambda": gopd_lambda,
+                "estimator": estimator,
+                "reference": reference,
+                "seeds": len(group),
+                "n": sum(row["n"] for row in group),
+                "accuracy": mean(row["accuracy"] for row in group),
+                "standard_error": _standard_error([row["accuracy"] for row in group], binomial),
+                "gain_over_teacher": None if is_teacher else mean(gains),
+                "gain_standard_error": None if is_teacher else _standard_error(gains, both),
+                "kl_to_teacher": mean(divergences) if divergences else None,
+                "length": mean(row["length"] for row in group),
+            }
+        )
+    return summary
+
+
+def _binomial_variance(row: dict) -> float:
+    return row["accuracy"] * (1 - row["accuracy"]) / row["n"]
+
+
+def _standard_error(values: list[float], variances: list[float]) -> float:
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.sqrt(variances[0])
+
+
+def write_json(result: dict, path: Path) -> None:
+    """Writes to a temporary sibling first, so that a half-written file never has the name."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(path)
+
+
+def print_table(result: dict) -> None:
+    """The summary, as a table for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Two-digit addition: sampled answers to held-out sums, ± one standard error")
+    for name in ("model", "λ", "estimator", "reference", "accuracy", "against the teacher", "KL to teacher", "tokens"):
+        table.add_column(name, justify="left" if name in ("model", "estimator", "reference") else "right")
+    for row in result["summary"]:
+        gain = row["gain_over_teacher"]
+        table.add_row(
+            row["model"],
+            "" if row["lambda"] is None else f"{row['lambda']:g}",
+            row["estimator"] or "",
+            (row["reference"] or "").replace("_", " "),
+            f"{row['accuracy']:.3f} ± {row['standard_error']:.3f}",
+            "" if gain is None else f"{gain:+.3f} ± {row['gain_standard_error']:.3f}",
+            "" if row["kl_to_teacher"] is None else f"{row['kl_to_teacher']:.3f}",
+            f"{row['length']:.2f}",
+        )
+    Console(width=max(120, Console().width)).print(table)
+
+
+def draw(result: dict, path: Path) -> None:
+    """Accuracy against λ with the teacher's line, and beside it the two references of scene two."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    summary = result["summary"]
+    by_model = {row["model"]: row for row in summary if row["lambda"] is None}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2))
+    for name, color in (("teacher", "black"), ("base", "gray")):
+        row = by_model[name]
+        left.axhline(row["accuracy"], color=color, linestyle="--" if name == "teacher" else ":", label=name)
+        if name == "teacher":
+            low, high = (row["accuracy"] + sign * row["standard_error"] for sign in (-1, 1))
+            left.axhspan(low, high, color=color, alpha=0.1)
+    for estimator in dict.fromkeys(row["estimator"] for row in summary if row["model"] == "student"):
+        rows = [row for row in summary if row["model"] == "student" and row["estimator"] == estimator]
+        left.errorbar(
+            [row["lambda"] for row in rows],
+            [row["accuracy"] for row in rows],
+            [row["standard_error"] for row in rows],
+            marker="o",
+            capsize=3,
+            label=f"student, {estimator}",
+        )
+    left.set(xlabel="reward scale λ", ylabel="sampled accuracy", title="Distilled back into its own base")
+    left.legend()
+
+    rows = [row for row in summary if row["model"] == "small_student"]
+    labels = [
+        "λ = 1" if row["lambda"] == 1 else f"λ = {row['lambda']:g}\nreference:\n{row['reference'].replace('_', ' ')}"
+        for row in rows
+    ]
+    right.bar(
+        labels, [row["accuracy"] for row in rows], yerr=[row["standard_error"] for row in rows], capsize=3, width=0.6
+    )
+    right.axhline(by_model["teacher"]["accuracy"], color="black", linestyle="--", label="teacher")
+    right.axhline(by_model["small_base"]["accuracy"], color="gray", linestyle=":", label="smaller base")
+    low = min([by_model["small_base"]["accuracy"], *(row["accuracy"] for row in rows)])
+    right.set(title="Into a smaller student", ylim=(max(0, low - 0.05), None))
+    right.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
