@@ -271,13 +271,14 @@ class _ExtrapolatedDivergence(torch.autograd.Function):
                     logits, teacher, reference, _rows_of(gopd_lambda, rows), extrapolation_clip
                 )
                 probs = student.exp()
+                divergence = _expectation(probs, student - log_q)
                 values = {
-                    "divergence": _expectation(probs, student - log_q),
+                    "divergence": divergence,
                     "student_logps": _gather_ids(student, labels[rows]),
                     "teacher_logps": _gather_ids(log_t, labels[rows]),
                     "reference_logps": None if log_r is None else _gather_ids(log_r, labels[rows]),
                     "entropy": -_expectation(probs, student),
-                    "reverse_kl": _expectation(probs, student - log_t),
+                    "reverse_kl": divergence if log_q is log_t else _expectation(probs, student - log_t),
                 }
                 for name, value in values.items():
                     if value is not None:
@@ -314,7 +315,10 @@ class _ExtrapolatedDivergence(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[rows] = raw @ head[0][:shared]
                 if grad_weight is not None:
-                    grad_weight[:shared] += (raw.t() @ hidden[rows]).float()
+                    if raw.dtype == grad_weight.dtype:
+                        grad_weight[:shared].addmm_(raw.t(), hidden[rows])  # half the time of a product and a sum
+                    else:
+                        grad_weight[:shared] += (raw.t() @ hidden[rows]).float()
                 if grad_bias is not None:
                     grad_bias[:shared] += raw.float().sum(0)
             grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
