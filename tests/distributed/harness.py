@@ -24,6 +24,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the same path on a machine tha
 
 import deepspeed.ops
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 
 
 # A fork must not inherit a pool of threads that only exists in its parent.
@@ -31,9 +33,21 @@ torch.set_num_threads(1)
 # Plain gloo instead of DeepSpeed's shared-memory op, whose C++ build takes a minute and which training does not use.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+_prepare_backend = PartialState._prepare_backend
+
+
+def _prepare_backend_for_fsdp(self, cpu=False, sagemaker_dp=False, backend=None):
+    # accelerate 1.15 has no FSDP on CPUs: it would train with DDP instead, without a word
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and "RANK" in os.environ:
+        return "gloo", DistributedType.MULTI_GPU
+    return _prepare_backend(self, cpu, sagemaker_dp, backend)
+
+
+PartialState._prepare_backend = _prepare_backend_for_fsdp
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # `accelerator.distributed_type` of each: launchers fall back silently, so every scenario has to assert it.
-DISTRIBUTED_TYPES = {"single": "NO", "ddp": "MULTI_CPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+DISTRIBUTED_TYPES = {"single": "NO", "ddp": "MULTI_CPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
 LOG_TAIL = 4000
 
 
@@ -92,6 +106,16 @@ def _environment(layout: str, folder: Path) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": "lo",
         "ACCELERATE_MIXED_PRECISION": "no",
     }
+    if layout == "fsdp2":
+        environment |= {
+            "ACCELERATE_USE_FSDP": "true",
+            "ACCELERATE_TORCH_DEVICE": "cpu",
+            "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_RESHARD_AFTER_FORWARD": "true",
+            "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+        }
     if layout.startswith("zero"):
         config = json.loads((EXAMPLES / "deepspeed" / f"{layout}.json").read_text())
         if layout == "zero3":

@@ -1,6 +1,6 @@
 """
-Two processes train what one process trains: DDP, ZeRO-2 and ZeRO-3 on the same global batches give the same losses,
-gradient norms and weights.
+Two processes train what one process trains: DDP, ZeRO-2, ZeRO-3 and FSDP2 on the same global batches give the same
+losses, gradient norms and weights.
 
 The optimizer is SGD without clipping, since Adam and clipping would hide a gradient of the wrong scale. Losses and
 gradient norms are sums of a few thousand float32 terms in another order, hence 1e-4 relative; the weights move by 1e-3
@@ -77,7 +77,7 @@ def train(
         logging_steps=1,
         max_grad_norm=0.0,
         weight_decay=0.0,
-        use_cpu=True,
+        use_cpu=layout != "fsdp2",  # with it accelerate would fall back to DDP
         bf16=False,
         report_to="none",
         disable_tqdm=True,
@@ -189,7 +189,7 @@ def assert_same_training(got, want, names=None):
         torch.testing.assert_close(got["weights"][name], weight, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("layout", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("layout", ["ddp", "zero2", "zero3", "fsdp2"])
 @pytest.mark.parametrize("estimator", ["sampled", "full"])
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 def test_two_processes_train_as_one(layout, lora, estimator, models, tmp_path, single):

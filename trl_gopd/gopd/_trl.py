@@ -54,8 +54,21 @@ def allow_one_generation(config) -> Iterator[None]:
 
 @contextlib.contextmanager
 def gather_heads(*heads: torch.nn.Module | None) -> Iterator[None]:
-    """Makes the weights of output heads whole under ZeRO-3; does nothing elsewhere."""
+    """
+    Makes the weights of output heads whole, under ZeRO-3 in place and under FSDP2 as `whole`, a pair that
+    [`~trl_gopd.gopd.scoring.project`] reads; does nothing elsewhere.
+
+    Ranks hold different numbers of chunks, so heads are gathered around the loop over chunks, never in it.
+    """
     parameters = [parameter for head in heads if head is not None for parameter in head.parameters(recurse=False)]
     # a model that DeepSpeed did not shard (quantized, or placed by the user) has no `ds_status`
     with maybe_gather_lm_head_ctx(*[parameter for parameter in parameters if hasattr(parameter, "ds_status")]):
-        yield
+        split = {id(head): head for head in heads if hasattr(getattr(head, "weight", None), "full_tensor")}
+        try:
+            with torch.no_grad():
+                for head in split.values():
+                    head.whole = tuple(None if p is None else p.full_tensor() for p in (head.weight, head.bias))
+            yield
+        finally:
+            for head in split.values():
+                head.__dict__.pop("whole", None)

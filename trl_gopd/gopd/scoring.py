@@ -46,14 +46,11 @@ def project(head: nn.Module, hidden: Tensor) -> Tensor:
     """
     Raw logits `(N, V)` of hidden states `(N, D)`.
 
-    A plain linear head is applied as a function, so that its weight can be gathered once for many chunks (ZeRO-3,
-    where ranks hold different numbers of chunks); any other head (quantized, adapted) is called.
+    A plain linear head is applied as a function, so that its weight can be gathered once for many chunks (ZeRO-3
+    and FSDP2, where ranks hold different numbers of chunks); any other head (quantized, adapted) is called.
     """
     if type(head) is nn.Linear:
-        weight: Any = head.weight
-        bias: Any = head.bias
-        if hasattr(weight, "full_tensor"):  # FSDP2
-            weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+        weight, bias = getattr(head, "whole", (head.weight, head.bias))
         return F.linear(hidden.to(weight.dtype), weight, bias)
     raw: Tensor = head(hidden)
     return raw
