@@ -70,7 +70,7 @@ def _start_worker() -> None:
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
     # The scene shows one bar and one table; what each short trainer prints at its end is left out.
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _load(path: Path):
