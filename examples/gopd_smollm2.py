@@ -9,7 +9,7 @@ told for each of its tokens how much more likely the teacher finds it than the m
     python examples/gopd_smollm2.py                      # the teacher is given by its path
     python examples/gopd_smollm2.py --teacher instance   # or as a model in memory
 
-About three minutes on two cores, and 3 GB of memory. The last line is, give or take a few nats,
+About two minutes on two cores, and 3 GB of memory. The last line is, give or take a few nats,
 
     reverse KL to the teacher, nats per answer: 15.1 in steps 1-3, 3.6 in the last 3
 """
