@@ -493,6 +493,35 @@ class TestRun:
         lengths = trainer.seen["completion_mask"].sum(1)
         assert table["advantage"].abs().min() > 0 and len(table) == len(lengths) and math.isfinite(mean)
 
+    @pytest.mark.parametrize("estimator", ["sampled", "full"])
+    def test_extrapolation_is_logged_as_it_is_clipped(self, make, models, estimator):
+        """At c the term is at most (λ − 1)·c in size, and its share is what it adds to the distance to the teacher."""
+        clip = 1e-3
+        trainer = make(gopd_extrapolation_clip=clip, gopd_estimator=estimator, ref_model=str(models / "base"))
+        trainer.train()
+        log = trainer.state.log_history[0]
+        assert 0.5 < log["gopd/clip_share"] <= 1
+        assert abs(log["gopd/extrapolation"]) <= 0.25 * clip * (1 + 1e-5)
+        # a thousandth of a nat beside the tenths of a nat between these models
+        assert 0 < log["gopd/extrapolation_share"] < 0.01
+
+    def test_an_id_the_teacher_lacks_does_not_spoil_the_table(self, make, models, tokenizer, tmp_path):
+        """The student's padded vocabulary has one id more than the teacher's, and the first token of a row is that."""
+
+        class Outside(Recording):
+            def _generate_single_turn(self, *args, **kwargs):
+                completions, extra = super()._generate_single_turn(*args, **kwargs)
+                completions[0][0] = len(tokenizer)
+                return completions, extra
+
+        student = build_model(tokenizer, seed=1, vocab_size=len(tokenizer) + 1)
+        trainer = make(cls=Outside, model=student, ref_model=str(models / "base"), log_completions=True)
+        trainer.train()
+        log = trainer.state.log_history[0]
+        assert log["gopd/outside_vocabulary_share"] == pytest.approx(1 / trainer.seen["completion_mask"].sum().item())
+        table = pd.read_parquet(next((tmp_path / "out" / "completions").glob("*.parquet")))
+        assert table["advantage"].map(math.isfinite).all() and math.isfinite(trainer.losses[0])
+
     def test_model_card(self, make, tmp_path):
         trainer = make(save_strategy="steps", save_steps=1)
         trainer.train()

@@ -294,19 +294,12 @@ class GOPDTrainer(GRPOTrainer):
     @torch.no_grad()
     def _log_row_advantages(self, output, scores, ids: Tensor, seen: Tensor):
         """Puts each completion's mean token advantage in the logged table, where GRPO puts that of its reward."""
-        mask = output["completion_mask"] * output.get("tool_mask", 1)
+        mask = _loss_mask(output)
         student_logps = output.get("old_per_token_logps")
         if student_logps is None:
             with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
                 student_logps = self._student_logps(ids, seen, mask.size(1))
-        advantages = token_advantages(
-            student_logps=student_logps,
-            teacher_logps=scores["teacher_logps"],
-            reference_logps=scores.get("reference_logps"),
-            mask=mask,
-            gopd_lambda=self.args.gopd_lambda,
-            extrapolation_clip=self.args.gopd_extrapolation_clip,
-        )
+        advantages, _ = self._sampled_advantages(scores, student_logps, mask)
         rows = self.accelerator.gather(advantages.sum(1) / mask.sum(1).clamp(min=1)).tolist()
         for _ in range(min(len(rows), len(self._logs["advantages"]))):
             self._logs["advantages"].pop()
@@ -345,18 +338,28 @@ class GOPDTrainer(GRPOTrainer):
         if self._pending is None:
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         inputs, self._pending = self._pending, None
-        mask = inputs["completion_mask"]
-        mask = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+        mask = _loss_mask(inputs)
         if self.args.gopd_estimator == "full":
             return self._full(model, inputs, mask, *args)
         results = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         student_logps = inputs.get("old_per_token_logps")
         student_logps = results[0].detach() if student_logps is None else student_logps
-        self._set_sampled_advantages(inputs, student_logps, mask)
+        advantages, known = self._sampled_advantages(inputs, student_logps, mask)
+        self._log_objective(
+            known,
+            log_ratios=student_logps.float() - inputs["teacher_logps"],
+            advantages=advantages,
+            teacher_logps=inputs["teacher_logps"],
+            reference_logps=inputs.get("reference_logps"),
+            outside=mask * (1 - known),
+        )
+        # GRPO's own advantages are zero without `reward_funcs`.
+        inputs["advantages"] = advantages + inputs["advantages"].unsqueeze(1) * mask
         return results
 
-    def _set_sampled_advantages(self, inputs, student_logps: Tensor, mask: Tensor):
-        teacher_logps, reference_logps = inputs["teacher_logps"], inputs.get("reference_logps")
+    def _sampled_advantages(self, scores, student_logps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Advantages `(B, T)`, and `mask` without the ids that a frozen model does not have."""
+        teacher_logps, reference_logps = scores["teacher_logps"], scores.get("reference_logps")
         # An id that only the student's padded vocabulary has: its teacher cannot say anything about it.
         is_known = ~teacher_logps.isneginf()
         if reference_logps is not None:
@@ -370,16 +373,7 @@ class GOPDTrainer(GRPOTrainer):
             gopd_lambda=self.args.gopd_lambda,
             extrapolation_clip=self.args.gopd_extrapolation_clip,
         )
-        self._log_objective(
-            known,
-            log_ratios=student_logps.float() - teacher_logps,
-            advantages=advantages,
-            teacher_logps=teacher_logps,
-            reference_logps=reference_logps,
-            outside=mask * ~is_known,
-        )
-        # GRPO's own advantages are zero without `reward_funcs`.
-        inputs["advantages"] = advantages + inputs["advantages"].unsqueeze(1) * mask
+        return advantages, known
 
     def _full(self, model, inputs, mask: Tensor, input_ids: Tensor, attention_mask: Tensor, num_tokens: int):
         """
@@ -476,23 +470,25 @@ class GOPDTrainer(GRPOTrainer):
             "advantage_positive_share": (advantages > 0).float(),
         }
         if reference_logps is not None:
-            rewards = implicit_rewards(teacher_logps=teacher_logps, reference_logps=reference_logps)
-            extrapolation = (self.args.gopd_lambda - 1) * rewards
+            clip = self.args.gopd_extrapolation_clip
+            logps = {"teacher_logps": teacher_logps, "reference_logps": reference_logps}
+            rewards = implicit_rewards(**logps)
+            extrapolation = (self.args.gopd_lambda - 1) * implicit_rewards(**logps, extrapolation_clip=clip)
             means |= {
                 "implicit_reward": rewards,
                 "extrapolation": extrapolation,
                 "extrapolation_abs": extrapolation.abs(),
-                "distillation_abs": (advantages - extrapolation).abs(),
+                "distillation_abs": log_ratios.abs(),
             }
-            if self.args.gopd_extrapolation_clip is not None:
-                means["clip_share"] = (rewards.abs() > self.args.gopd_extrapolation_clip).float()
+            if clip is not None:
+                means["clip_share"] = (rewards.abs() > clip).float()
         sums = torch.stack([value.float().masked_fill(~mask, 0.0).sum() for value in means.values()])
         counts = torch.stack([mask.sum().float(), outside.sum().float()])
         totals = self.accelerator.reduce(torch.cat([sums, counts]), reduction="sum")
-        count, left_out = totals[-2:].tolist()
+        *totals, count, left_out = totals.tolist()
         if count == 0:
             return
-        mean = dict(zip(means, (totals[:-2] / count).tolist(), strict=True))
+        mean = {name: total / count for name, total in zip(means, totals, strict=True)}
         largest = self.accelerator.gather(advantages.abs().max().reshape(1) if advantages.numel() else counts[:1] * 0)
         variance = max(mean.pop("advantage_square") - mean["advantage_mean"] ** 2, 0.0)
         values = {**mean, "advantage_std": variance**0.5, "advantage_abs_max": largest.max().item()}
@@ -504,6 +500,12 @@ class GOPDTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         for name, value in values.items():
             self._metrics[mode][f"gopd/{name}"].append(value)
+
+
+def _loss_mask(inputs) -> Tensor:
+    """`(B, T)`, 1 for the tokens that the student wrote itself: no padding, no answers of tools."""
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
 
 def _check_dataset(dataset, name: str) -> None:
