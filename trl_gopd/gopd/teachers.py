@@ -7,7 +7,6 @@ rank calls it for every batch it holds, since batches and micro-batches have the
 
 import copy
 import logging
-from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -132,15 +131,14 @@ class Frozen:
         base = self.inner.base
         is_placed = getattr(base, "is_quantized", False) or len(getattr(base, "hf_device_map", {}) or {}) > 1
         plugin = accelerator.state.deepspeed_plugin
-        self.is_sharded = not is_placed and (plugin is not None and plugin.zero_stage == 3 or _is_fsdp(accelerator))
-        if not is_placed and not self.is_sharded:
+        is_sharded = not is_placed and (plugin is not None and plugin.zero_stage == 3 or _is_fsdp(accelerator))
+        if not is_placed and not is_sharded:
             self.inner.to(accelerator.device)
-        if not self.is_sharded:
-            self._check_head(role)
-        if self.is_sharded:
+        if is_sharded:
             prepare = prepare_fsdp if _is_fsdp(accelerator) else prepare_deepspeed
             self.call = prepare(self.inner, accelerator)
         else:
+            self._check_head(role)
             self.call = self.inner
 
     @torch.no_grad()
@@ -164,18 +162,8 @@ class Frozen:
                 "another model family."
             )
 
-    @contextmanager
-    def whole_head(self, *others: nn.Module):
-        """A context in which the heads' weights are whole."""
-        with gather_heads(self.inner.head, *others):
-            yield
-
     def score(self, input_ids: Tensor, attention_mask: Tensor, completion_ids: Tensor) -> Tensor:
         """Log-probabilities `(B, T)` in float32 nats of `completion_ids`, the last `T` columns of `input_ids`."""
-
-        def gather(head: nn.Module) -> AbstractContextManager:
-            return gather_heads(head)
-
         with self.accelerator.autocast():
             return score(
                 self.call,
@@ -185,7 +173,7 @@ class Frozen:
                 completion_ids,
                 batch_size=self.batch_size,
                 chunk_size=self.chunk_size,
-                gather=gather,
+                gather=gather_heads,
             ).to(completion_ids.device)
 
     @torch.no_grad()
