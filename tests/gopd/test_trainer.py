@@ -558,6 +558,19 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"needs a column `prompt`.*it has \['question'\]"):
             make(train_dataset=Dataset.from_dict({"question": ["?"]}))
 
+    def test_evaluation_rows_are_checked_too(self, make):
+        with pytest.raises(ValueError, match="`eval_dataset` is empty"):
+            make(eval_dataset=Dataset.from_dict({"prompt": []}))
+
+    @pytest.mark.parametrize("column", ["image", "images"])
+    def test_images(self, make, column):
+        with pytest.raises(ValueError, match=f"has the column `{column}`.*score text only"):
+            make(train_dataset=Dataset.from_dict({"prompt": ["?"], column: ["a.png"]}))
+
+    def test_paths_need_not_be_strings(self, make, models):
+        trainer = make(model=models / "student", teacher_model=models / "teacher", ref_model=models / "base")
+        assert trainer.teacher.inner.config.hidden_size == 48 and trainer.reference is not None
+
     def test_grpo_config(self, models, prompts, tmp_path):
         from trl import GRPOConfig
 

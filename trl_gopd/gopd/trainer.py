@@ -1,7 +1,7 @@
 """[`GOPDTrainer`]: wires objective, scoring and frozen models into TRL's [`~trl.GRPOTrainer`]."""
 
 import functools
-import logging
+import os
 import textwrap
 import types
 import warnings
@@ -11,7 +11,7 @@ import torch
 import trl
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 from trl import GRPOTrainer
 
@@ -29,8 +29,6 @@ from .scoring import evaluation_mode, logit_transform, project
 
 if is_peft_available():
     from peft import PeftConfig, PeftModel, PromptLearningConfig
-
-logger = logging.getLogger(__name__)
 
 
 def _null_reward(prompts, **kwargs) -> list[float]:
@@ -63,9 +61,9 @@ class GOPDTrainer(GRPOTrainer):
     ```
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+        model (`str` or `os.PathLike` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The student.
-        teacher_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+        teacher_model (`str` or `os.PathLike` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
             The teacher π*; may be quantized. Defaults to `args.teacher_model_name_or_path`. A name or path is loaded
             in the dtype of its checkpoint. It must have the student's tokenizer; padded vocabularies may differ.
         args ([`GOPDConfig`], *optional*):
@@ -86,7 +84,7 @@ class GOPDTrainer(GRPOTrainer):
             Adapter to train.
         tools (`list[Callable]`, *optional*):
             As in [`~trl.GRPOTrainer`].
-        ref_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+        ref_model (`str` or `os.PathLike` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
             The reference π_ref; the teacher's pre-RL model gives reward correction. Defaults to
             `args.ref_model_name_or_path`, then to the student's start: the adapter switched off if it is fresh, a
             frozen copy of it if it is trained, a frozen copy of the whole student without an adapter. Not used, and
@@ -129,6 +127,11 @@ class GOPDTrainer(GRPOTrainer):
         reward_funcs=None,
         **grpo_kwargs,
     ):
+        # A path is a name to everything below, in TRL too.
+        model, teacher_model, ref_model = (
+            os.fspath(given) if isinstance(given, os.PathLike) else given
+            for given in (model, teacher_model, ref_model)
+        )
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GOPDConfig(f"{name.split('/')[-1]}-GOPD")
@@ -143,6 +146,7 @@ class GOPDTrainer(GRPOTrainer):
                 "No teacher: `teacher_model` and `args.teacher_model_name_or_path` are both None. Pass one of them."
             )
         _check_dataset(train_dataset, "train_dataset")
+        _check_dataset(eval_dataset, "eval_dataset")
         self._has_rewards = bool(reward_funcs) or grpo_kwargs.get("environment_factory") is not None
         if self._has_rewards and args.num_generations < 2:
             raise ValueError(
@@ -234,8 +238,6 @@ class GOPDTrainer(GRPOTrainer):
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def _check_student(self):
-        if not isinstance(self.processing_class, PreTrainedTokenizerBase):
-            logger.warning("Image inputs are not scored by frozen models yet; text-only rows work.")
         if not is_peft_available() or not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
             return
         model = self.accelerator.unwrap_model(self.model)
@@ -262,7 +264,7 @@ class GOPDTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        if "pixel_values" in output:
+        if "pixel_values" in output:  # from a tool, or from rows without column names
             raise NotImplementedError("Rows with images are not supported: frozen models score text only.")
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
         seen = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
@@ -514,6 +516,9 @@ def _check_dataset(dataset, name: str) -> None:
         raise ValueError(f"`{name}` is empty. Give at least one row with a `prompt`.")
     if isinstance(columns, list) and "prompt" not in columns:
         raise ValueError(f"`{name}` needs a column `prompt`, a string or a list of messages; it has {columns}.")
+    for column in ("image", "images"):
+        if isinstance(columns, list) and column in columns:
+            raise ValueError(f"`{name}` has the column `{column}`, but frozen models score text only. Drop it.")
 
 
 def _expose_hidden_states(model: PreTrainedModel) -> None:
