@@ -78,7 +78,9 @@ SETTINGS = {
 def build_models(size: str):
     """Student, teacher and their tokenizer, float32."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trl_gopd.demo import arithmetic
 
     if size == "smollm2":
         from trl_gopd.demo.smollm2 import smollm2_path
@@ -87,43 +89,18 @@ def build_models(size: str):
         student, teacher = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for _ in range(2))
         return student, teacher, AutoTokenizer.from_pretrained(path, padding_side="left")
 
-    tokenizer = _byte_tokenizer()
-    models = []
-    for seed, hidden_size in ((1, 64), (2, 96)):
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden_size,
-            intermediate_size=2 * hidden_size,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        models.append(LlamaForCausalLM(config))
-    return *models, tokenizer
-
-
-def _byte_tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = ["<|endoftext|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(vocab)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
+    tokenizer = arithmetic.build_tokenizer()
+    student, teacher = (
+        arithmetic.build_model(tokenizer, arithmetic.Size(hidden_size, 2), seed=seed)
+        for seed, hidden_size in ((1, 64), (2, 96))
     )
+    return student, teacher, tokenizer
 
 
 def build_prompts(size: str, rows: int) -> list[str]:
-    """Texts of 32 tokens for `"tiny"`, whose tokens are bytes, and of 33 for `"smollm2"`, which cuts out digits."""
+    """Texts of 32 tokens for `"tiny"`, a token a character, and of 33 for `"smollm2"`, which cuts out digits."""
     if size == "tiny":
-        return [f"Add up, please: {i:04} plus {i + 1234:06}" for i in range(rows)]
+        return [f"{i:015}+{i + 1234:015}=" for i in range(rows)]
     return [f"Please add up these numbers: {i:09} and {i + 1234:015}" for i in range(rows)]
 
 
@@ -190,7 +167,7 @@ def run_contestant(
     import transformers
     import trl  # noqa: F401  part of the memory that is there before the models are
 
-    import trl_gopd  # noqa: F401
+    import trl_gopd  # noqa: F401  likewise
 
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(setting.threads)
