@@ -1,9 +1,14 @@
 """Tiny models and a byte-level tokenizer, built in code."""
 
+import random
+import zlib
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj"], "task_type": "CAUSAL_LM"}
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -46,3 +51,16 @@ def build_model(tokenizer, *, seed: int, hidden_size: int = 32, vocab_size: int 
         **config,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def scripted_completions(tokenizer, prompt_ids: list[list[int]], *, step: int, max_length: int) -> list[list[int]]:
+    """
+    Completions of 2 to `max_length` ids, the end included, which depend on the prompt and the step alone: a run sees
+    the same tokens however its batches are laid out.
+    """
+    completions = []
+    for ids in prompt_ids:
+        rng = random.Random(zlib.crc32(repr((ids, step)).encode()))
+        length = rng.randrange(1, max_length)
+        completions.append([rng.randrange(3, len(tokenizer)) for _ in range(length)] + [tokenizer.eos_token_id])
+    return completions

@@ -7,9 +7,6 @@ gradient norms are sums of a few thousand float32 terms in another order, hence 
 and more, and 1e-6 is a thousandth of that.
 """
 
-import random
-import zlib
-
 import pytest
 import torch
 from accelerate.utils import set_seed
@@ -19,12 +16,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.distributed import harness
-from tests.tiny import build_model
+from tests.tiny import LORA, build_model, scripted_completions
 from trl_gopd.gopd.config import GOPDConfig
 from trl_gopd.gopd.trainer import GOPDTrainer
 
 
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj"], "task_type": "CAUSAL_LM"}
 GLOBAL_BATCH, STEPS = 8, 3
 # Left by questions of 1 to 16 words: the ranks' batches are padded to different widths.
 PROMPTS = [" ".join(f"{i * j % 10}" for j in range(1, 2 + i % 16)) for i in range(48)]
@@ -35,11 +31,7 @@ class ScriptedTrainer(GOPDTrainer):
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         super()._generate_single_turn(prompt_ids, *args, **kwargs)  # the real one too, with all its gathering
-        completions = []
-        for ids in prompt_ids:
-            rng = random.Random(zlib.crc32(repr((ids, self.state.global_step)).encode()))
-            length = rng.randrange(1, 12)
-            completions.append([rng.randrange(3, 259) for _ in range(length)] + [self._tokenizer.eos_token_id])
+        completions = scripted_completions(self._tokenizer, prompt_ids, step=self.state.global_step, max_length=12)
         return completions, None
 
     def _compute_loss(self, model, inputs):

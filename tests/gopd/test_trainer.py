@@ -6,8 +6,6 @@ what each kind of teacher gives, and that nothing about the layout of a batch ch
 import copy
 import json
 import math
-import random
-import zlib
 
 import pandas as pd
 import pytest
@@ -16,23 +14,16 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.tiny import build_model, build_tokenizer
+from tests.tiny import LORA, build_model, build_tokenizer, scripted_completions
 from trl_gopd.gopd.config import GOPDConfig
 from trl_gopd.gopd.trainer import GOPDTrainer
-
-
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj"], "task_type": "CAUSAL_LM"}
 
 
 class ScriptedTrainer(GOPDTrainer):
     """Completions depend on the prompt and the step alone, so that runs of other layouts see the same tokens."""
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        completions = []
-        for ids in prompt_ids:
-            rng = random.Random(zlib.crc32(repr((ids, self.state.global_step)).encode()))
-            length = rng.randrange(2, 9)
-            completions.append([rng.randrange(3, 259) for _ in range(length)] + [self._tokenizer.eos_token_id])
+        completions = scripted_completions(self._tokenizer, prompt_ids, step=self.state.global_step, max_length=9)
         return completions, None
 
 
