@@ -93,21 +93,30 @@ def _row(seed: int, model: str, evaluation, *, gopd_lambda=None, estimator=None,
     }
 
 
-def _make_teacher(folder: Path, seed: int, settings: Settings) -> list[dict]:
+def _make_base(path: Path, size: tuple[int, int], seed: int, settings: Settings):
+    """Trains and saves a base; returns its tokenizer."""
     from . import arithmetic as task
 
     tokenizer = task.build_tokenizer()
     base = task.train_base(
         tokenizer,
-        task.Size(*settings.base),
+        task.Size(*size),
         steps=settings.base_steps,
         noise=settings.noise,
         seed=seed,
         batch_size=settings.base_batch_size,
         learning_rate=settings.base_learning_rate,
-        output_dir=str(folder / "base"),
+        output_dir=str(path),
     )
-    base.save_pretrained(folder / "base")
+    base.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return tokenizer
+
+
+def _make_teacher(folder: Path, seed: int, settings: Settings) -> list[dict]:
+    from . import arithmetic as task
+
+    tokenizer = _make_base(folder / "base", settings.base, seed, settings)
     teacher = task.train_teacher(
         _load(folder / "base"),
         tokenizer,
@@ -117,8 +126,7 @@ def _make_teacher(folder: Path, seed: int, settings: Settings) -> list[dict]:
         output_dir=str(folder / "teacher"),
     )
     teacher.save_pretrained(folder / "teacher")
-    for name in ("base", "teacher"):
-        tokenizer.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / "teacher")
     return [
         _row(seed, name, task.evaluate(_load(folder / name), tokenizer, n=settings.n, seed=seed, teacher=teacher))
         for name in ("base", "teacher")
@@ -128,20 +136,10 @@ def _make_teacher(folder: Path, seed: int, settings: Settings) -> list[dict]:
 def _make_small_base(folder: Path, seed: int, settings: Settings) -> list[dict]:
     from . import arithmetic as task
 
-    tokenizer = task.build_tokenizer()
-    small = task.train_base(
-        tokenizer,
-        task.Size(*settings.small),
-        steps=settings.base_steps,
-        noise=settings.noise,
-        seed=seed + 1000,  # another model than the large one in every respect
-        batch_size=settings.base_batch_size,
-        learning_rate=settings.base_learning_rate,
-        output_dir=str(folder / "small_base"),
-    )
-    small.save_pretrained(folder / "small_base")
-    tokenizer.save_pretrained(folder / "small_base")
-    return [_row(seed, "small_base", task.evaluate(small, tokenizer, n=settings.n, seed=seed))]
+    path = folder / "small_base"
+    # another seed, so that it is another model than the large one in every respect
+    tokenizer = _make_base(path, settings.small, seed + 1000, settings)
+    return [_row(seed, "small_base", task.evaluate(_load(path), tokenizer, n=settings.n, seed=seed))]
 
 
 def _distil(
