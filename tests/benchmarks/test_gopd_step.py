@@ -4,6 +4,7 @@ asserted.
 """
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -138,3 +139,19 @@ class TestMeasure:
     def test_a_contestant_that_fails_is_named(self):
         with pytest.raises(RuntimeError, match="`gopd 1 no-such-estimator` stopped"):
             gopd_step.measure(["gopd 1 no-such-estimator"], MICRO)
+
+
+@pytest.mark.parametrize("size", ["tiny", "smollm2"])
+def test_documented_tables_are_the_committed_results(size):
+    docs = Path(__file__).parents[2] / "docs"
+    report = json.loads((docs / "results" / f"gopd_step_{size}.json").read_text())
+    assert gopd_step.summarize(report["results"]) == report["summary"]
+    assert gopd_step.table(report["summary"]) in (docs / "benchmarks.md").read_text()
+    assert report["setting"]["size"] == size and not report["dirty"]
+    assert list(report["results"]) == list(CONTESTANTS)
+
+
+def test_documented_steps_meet_their_targets():
+    report = json.loads((Path(__file__).parents[2] / "docs/results/gopd_step_smollm2.json").read_text())
+    for contestant, target in TARGETS.items():
+        assert report["summary"][contestant]["ratio"]["median"] <= target, contestant
