@@ -157,6 +157,38 @@ class TestGradient:
         assert abs(trainer.state.log_history[0]["gopd/reverse_kl"]) < 100 * torch.finfo(torch.float32).eps
 
     @pytest.mark.parametrize("estimator", ["sampled", "full"])
+    def test_rollout_correction(self, make, models, estimator):
+        """
+        Tokens from another sampler weigh min(π/π_sampler, 5), without a lower bound and without a gradient; the
+        expectation over the vocabulary has no sampled token to weigh.
+        """
+
+        class Sampler(Recording):
+            def _generate_single_turn(self, *args, **kwargs):
+                completions, _ = super()._generate_single_turn(*args, **kwargs)
+                # the student gives each about -5.6 nats: ratios of about e^-4.6 and e^3.4, which is 30
+                return completions, [[(-1.0, -9.0)[i % 2] for i in range(len(ids))] for ids in completions]
+
+        trainer = make(cls=Sampler, ref_model=str(models / "base"), gopd_estimator=estimator)
+        trainer.use_vllm = True  # what generates is scripted; what corrects is not
+        trainer.train()
+        student, inputs = load(models / "student"), trainer.seen
+        mask, ids = inputs["completion_mask"].float(), inputs["completion_ids"].unsqueeze(-1)
+        if estimator == "full":
+            loss = naive_loss(student, load(models / "teacher"), load(models / "base"), inputs, 1.25, "full")
+        else:
+            log_s = log_probs(student, inputs).gather(-1, ids).squeeze(-1)
+            with torch.no_grad():
+                log_t, log_r = (
+                    log_probs(load(models / name), inputs).gather(-1, ids).squeeze(-1) for name in ("teacher", "base")
+                )
+            weight = (log_s.detach() - inputs["sampling_per_token_logps"]).exp().clamp(max=5.0)
+            assert weight[mask.bool()].min() < 0.1 and (weight[mask.bool()] == 5.0).any()
+            token = -weight * (1.25 * log_t - 0.25 * log_r - log_s).detach() * log_s
+            loss = ((token * mask).sum(1) / mask.sum(1)).mean()
+        assert_same_gradient(trainer.grads, student, loss)
+
+    @pytest.mark.parametrize("estimator", ["sampled", "full"])
     def test_accumulation_equals_one_batch(self, make, estimator):
         one, two = (
             make(per_device_train_batch_size=size, gradient_accumulation_steps=4 // size, gopd_estimator=estimator)
@@ -401,6 +433,39 @@ class TestRun:
         trainer.train()
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
         assert losses[-1] < 0.5 * losses[0]
+
+    def test_extrapolation_exceeds_the_teachers_own_reward(self, make, models, prompts, tokenizer):
+        """
+        E[log π*/π_ref] rises with λ along the optimum, so a student trained at 1.25 passes the teacher's own; at λ = 1
+        it does not. The expectation is exact over the first token of every prompt.
+        """
+        rewards = {}
+        teacher, reference = load(models / "teacher"), load(models / "student")
+        for gopd_lambda in (1.0, 1.25):
+            trainer = make(
+                cls=GOPDTrainer,
+                gopd_lambda=gopd_lambda,
+                gopd_estimator="full",
+                max_steps=150,
+                per_device_train_batch_size=16,
+                max_completion_length=1,
+                num_train_epochs=150,
+                learning_rate=1e-2,
+                optim="adamw_torch",
+            )
+            trainer.train()
+            values = []
+            for prompt in prompts["prompt"]:
+                ids = tokenizer(prompt, return_tensors="pt").input_ids
+                with torch.no_grad():
+                    log_s, log_t, log_r = (
+                        m.eval()(input_ids=ids).logits[0, -1].log_softmax(-1)
+                        for m in (trainer.model, teacher, reference)
+                    )
+                values.append([(p.exp() * (log_t - log_r)).sum() for p in (log_s, log_t)])
+            rewards[gopd_lambda], own = torch.tensor(values).mean(0).tolist()
+        # the optimum at 1 is the teacher itself; how far the run still is from it is the yardstick
+        assert rewards[1.25] - own > 2 * abs(rewards[1.0] - own)
 
     def test_sampled_reverse_kl_falls(self, make):
         trainer = make(
