@@ -1,0 +1,1 @@
+"""D2Quant, weight-only quantization below four bits: https://huggingface.co/papers/2602.02546."""
