@@ -1,0 +1,161 @@
+"""
+`y = x Ŵᵀ + b` for a weight `Ŵ` that stays packed.
+
+A slice of rows of `Ŵ` is rebuilt, multiplied and dropped before the next one: it stays in the cache, the allocator
+hands the same memory out again, and neither the forward nor the backward pass ever holds `Ŵ` as a whole. The value of
+a weight is defined once, by [`dequantize`]: code minus zero point, times the stored scale, in float32, and then cast.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .grids import Grid
+from .packing import unpack_rows
+
+
+if TYPE_CHECKING:
+    from .linear import D2QuantLinear
+
+# Elements of a slice. 1 MiB of float32 was the fastest of 64 KiB to 8 MiB on a CPU with 2 MiB of L2 cache.
+_SLICE = 2**18
+# Elsewhere a kernel launch costs more than memory does.
+_SLICE_ON_ACCELERATOR = 2**26
+
+
+class Packed(NamedTuple):
+    """The tensors of a [`D2QuantLinear`], and how to read them."""
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    in_features: int
+    bits: int
+    group_size: int
+    grid: Grid
+
+
+def quantized_linear(x: Tensor, module: "D2QuantLinear") -> Tensor:
+    """
+    What `module` makes of `x`.
+
+    Gradients reach `x`, and the bias and the scales if they require one. What is kept for the backward pass is the
+    packed weight, which is there anyway, and `x` only if scales require a gradient.
+
+    Args:
+        x (`torch.Tensor`): `(..., in_features)`, floating point.
+        module ([`D2QuantLinear`]): The layer.
+
+    Returns:
+        `torch.Tensor`: `(..., out_features)` in the dtype of `x`, or of `torch.autocast` where that is on.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    if module.input_scale is not None:
+        x = x * module.input_scale.to(x.dtype)
+    bias = None if module.bias is None else module.bias.to(x.dtype)
+    y: Tensor = _QuantizedLinear.apply(x.reshape(-1, x.shape[-1]), bias, *module.packed)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """Dense weight `(out_features, in_features)`, computed in float32 (float64 for such scales), then cast."""
+    weight = torch.empty(packed.weight.shape[1], packed.in_features, dtype=dtype, device=packed.weight.device)
+    for rows, offsets, scales in _slices(packed):
+        weight[rows] = _rebuild(offsets, scales, packed.group_size)
+    return weight
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    """`x (M, in_features)` times the weight transposed, plus `bias` in the dtype of `x`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, *fields: Any) -> Tensor:
+        packed = Packed(*fields)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, *fields[:3])
+        ctx.layout = fields[3:]
+        y = x.new_empty(x.shape[0], packed.weight.shape[1])
+        for rows, offsets, scales in _slices(packed):
+            weight = _rebuild(offsets, scales, packed.group_size).to(x.dtype)
+            y[:, rows] = F.linear(x, weight, None if bias is None else bias[rows])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        packed = Packed(*tensors, *ctx.layout)
+        of_x, of_bias, _, of_scales, *_ = ctx.needs_input_grad
+        # A sum over slices, which must not be rounded after each of them.
+        exact = torch.promote_types(grad.dtype, torch.float32)
+        grad_x = grad.new_zeros(grad.shape[0], packed.in_features, dtype=exact) if of_x else None
+        grad_scales = torch.zeros_like(packed.weight_scale) if of_scales else None
+        for rows, offsets, scales in _slices(packed):
+            if grad_scales is not None:
+                sums = torch.empty_like(scales)
+                for part, total in _by_group(offsets * (grad[:, rows].T @ x), sums, packed.group_size):
+                    total.copy_(part.sum(-1, keepdim=True))
+                grad_scales[..., rows] = sums.mT.view_as(grad_scales[..., rows])
+            if grad_x is not None:
+                grad_x += grad[:, rows] @ _rebuild(offsets, scales, packed.group_size).to(grad.dtype)
+        return (
+            None if grad_x is None else grad_x.to(grad.dtype),
+            grad.sum(0) if of_bias else None,
+            None,
+            grad_scales,
+            *[None] * 5,
+        )
+
+
+def _slices(packed: Packed) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """
+    Yields slices of rows, what scales multiply there `(planes, rows, in_features)`, and the scales
+    `(planes, rows, groups)`. `planes` is `bits` for bit-planes, else 1.
+    """
+    weight, scales, zero_points, in_features, bits, group_size, grid = packed
+    out_features = weight.shape[1]
+    scales = scales.view(-1, *scales.shape[-2:]).mT
+    scales = scales.to(torch.promote_types(scales.dtype, torch.float32))
+    if zero_points is not None:
+        zero_points = unpack_rows(zero_points, bits, scales.dtype).T[:out_features]
+
+    elements = _SLICE if weight.device.type == "cpu" else _SLICE_ON_ACCELERATOR
+    step = max(1, elements // max(1, in_features))
+    if torch.compiler.is_compiling():  # the compiler would unroll the loop, and makes its own slices
+        step = max(1, out_features)
+    for start in range(0, out_features, step):
+        rows = slice(start, start + step)
+        if grid == "bitplane":
+            codes = unpack_rows(weight[:, rows].T, bits)[:, :in_features]
+            offsets = torch.stack([codes >> plane & 1 for plane in range(bits)]).to(scales.dtype).mul_(2).sub_(1)
+        else:
+            offsets = unpack_rows(weight[:, rows].T, bits, scales.dtype)[None, :, :in_features]
+        if grid == "midrise":
+            offsets -= (2**bits - 1) / 2
+        if zero_points is not None:
+            for part, zero_point in _by_group(offsets, zero_points[rows], group_size):
+                part -= zero_point
+        yield rows, offsets, scales[:, rows]
+
+
+def _rebuild(offsets: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    """Rows of the weight, `(rows, in_features)`. Overwrites `offsets`."""
+    for part, scale in _by_group(offsets, scales, group_size):
+        part *= scale
+    return offsets[0] if len(offsets) == 1 else offsets.sum(0)
+
+
+def _by_group(matrix: Tensor, parameters: Tensor, group_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """
+    Yields views of `matrix (..., in_features)` as `(..., groups, columns)` and of `parameters (..., groups)` as
+    `(..., groups, 1)`: first of the whole groups, then of a shorter last one.
+    """
+    groups = matrix.shape[-1] // group_size
+    whole = groups * group_size
+    if whole:
+        yield matrix[..., :whole].unflatten(-1, (groups, group_size)), parameters[..., :groups, None]
+    if whole < matrix.shape[-1]:
+        yield matrix[..., None, whole:], parameters[..., groups:, None]
