@@ -1,0 +1,445 @@
+"""
+What a quantizer must know about a decoder: which linears read the same tensor, which scales and shifts pass through.
+
+Nothing is looked up by model type. One forward pass of four tokens, with hooks, tells the order of the linears and who
+reads what; each exact transform is then tried on the block it is claimed for, and believed only if no bit of the
+block's output moves. So a family nobody has seen is described correctly, or without the transform, with a reason.
+
+Layers of a block fall in two halves: modules whose class is named `…Attention…`, as transformers names all of them,
+and the rest, its MLP.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    Linears that read the same tensor, and so share a Hessian. Quantizing them changes the input of later stages only.
+
+    Args:
+        linears (`tuple[str, ...]`): names relative to the block, in order of execution.
+    """
+
+    linears: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ScalePair:
+    """
+    A producer into which the column scale `c` of a consumer is absorbed exactly, for every `c > 0`:
+
+        consumer.weight /= c;   producer.weight[rows] *= c[:, None];   producer.bias[rows] *= c
+
+    Args:
+        producer (`str`): linear whose rows are scaled, relative to the block: `mlp.up_proj`; `fc1` before a ReLU.
+        consumer (`str`): linear whose columns are divided: `mlp.down_proj`.
+        rows (`slice`): output rows of the producer, as many as the consumer has columns; the up half of a fused pair.
+    """
+
+    producer: str
+    consumer: str
+    rows: slice
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """
+    A decoder layer. All names are relative to it.
+
+    Args:
+        name (`str`): of the block in its model, as `model.layers.3`.
+        module (`torch.nn.Module`): the block itself.
+        stages (`tuple[Stage, ...]`): all linears to quantize, in order of execution; experts come last.
+        scale_pairs (`tuple[ScalePair, ...]`): where a column scale costs nothing, one for each `down_proj` of a GLU.
+        scale_reasons (`Mapping[str, str]`): the other second layers of an MLP, whose column scale must stay an input
+            scale, and why.
+        attention_norm (`str`, *optional*): norm that the first attention linears read.
+        mlp_norm (`str`, *optional*): norm that the first MLP linears read.
+        shift_linears (`tuple[str, ...]`): all that reads `mlp_norm`, if these are linears: a shift `μ` of its output
+            is `weight @ μ` in their biases. Empty if deviation-aware correction has no site here.
+        shift_reason (`str`, *optional*): why it has none.
+        norm_readers (`Mapping[str, tuple[str, ...]]`): linears that read the output of each norm.
+        residual_writers (`tuple[str, ...]`): linears whose output is added to the residual stream as it is.
+        full_precision (`Mapping[str, str]`): matrices that are not quantized, and why: experts that are one 3-D
+            parameter, routers. Names of parameters.
+    """
+
+    name: str
+    module: nn.Module = field(repr=False)
+    stages: tuple[Stage, ...]
+    scale_pairs: tuple[ScalePair, ...]
+    scale_reasons: Mapping[str, str]
+    attention_norm: str | None
+    mlp_norm: str | None
+    shift_linears: tuple[str, ...]
+    shift_reason: str | None
+    norm_readers: Mapping[str, tuple[str, ...]]
+    residual_writers: tuple[str, ...]
+    full_precision: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Topology:
+    """
+    A decoder, by the names of its modules.
+
+    Args:
+        blocks_name (`str`): of the list of blocks, as `model.layers`.
+        blocks (`tuple[Block, ...]`): in order of execution.
+        embeddings (`str`): token embeddings.
+        final_norm (`str`, *optional*): norm after the last block; some decoders have none.
+        lm_head (`str`, *optional*): `None` for a base model.
+    """
+
+    blocks_name: str
+    blocks: tuple[Block, ...]
+    embeddings: str
+    final_norm: str | None
+    lm_head: str | None
+
+
+def find_topology(model: PreTrainedModel) -> Topology:
+    """
+    Topology of a decoder, found with a few forward passes of four tokens. Weights, modes and random states are as
+    before when it returns.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            From `AutoModelForCausalLM` or `AutoModel`, weights loaded, not quantized.
+
+    Returns:
+        [`Topology`]: names and reasons; `Block.module` aliases the blocks of `model`.
+
+    Raises:
+        `TypeError`: if `model` is not a [`~transformers.PreTrainedModel`].
+        `ValueError`: if it has no list of decoder blocks, no `torch.nn.Linear` in them, or no weights yet.
+
+    Example:
+
+    ```python
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from trl_gopd.d2quant.topology import find_topology
+
+    >>> config = LlamaConfig(
+    ...     vocab_size=8, hidden_size=8, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1
+    ... )
+    >>> block = find_topology(LlamaForCausalLM(config)).blocks[0]
+    >>> [stage.linears[0] for stage in block.stages]
+    ['self_attn.q_proj', 'self_attn.o_proj', 'mlp.gate_proj', 'mlp.down_proj']
+    >>> block.scale_pairs
+    (ScalePair(producer='mlp.up_proj', consumer='mlp.down_proj', rows=slice(0, 16, None)),)
+
+    ```
+    """
+    blocks_name, modules = find_blocks(model)
+    embeddings = model.get_input_embeddings()
+    if embeddings.weight.is_meta:
+        raise ValueError("`model` must hold its weights, got them on the meta device. Load them: it has to run.")
+    names = {module: name for name, module in model.named_modules()}
+    input_ids = torch.arange(4, device=embeddings.weight.device)[None] % embeddings.weight.shape[0]
+    with _evaluation_mode(model), torch.no_grad():
+        calls = _record(model, lambda: model(input_ids=input_ids, use_cache=False))
+        blocks = tuple(_describe_block(names[module], module, calls) for module in modules)
+    last_block = max(index for index, call in enumerate(calls) if call.name == blocks[-1].name)
+    norms = [call.name for call in calls[last_block:] if _is_norm(call.module)]
+    return Topology(
+        blocks_name=blocks_name,
+        blocks=blocks,
+        embeddings=names[embeddings],
+        final_norm=norms[-1] if norms else None,
+        lm_head=names.get(model.get_output_embeddings()),
+    )
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """
+    Name and list of the decoder blocks. Runs nothing, so weights may be on the meta device.
+
+    Raises:
+        `TypeError`: if `model` is not a [`~transformers.PreTrainedModel`].
+        `ValueError`: if it has no list of decoder blocks, or no `torch.nn.Linear` in them.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"`model` must be a `PreTrainedModel`, got {type(model).__name__}. Load it with `AutoModelForCausalLM`; "
+            "merge an adapter first, with `merge_and_unload()`."
+        )
+    kind = type(model).__name__
+    layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == layers
+    }
+    if model.config.is_encoder_decoder or not lists:
+        raise ValueError(
+            f"`model` must be a decoder with a `ModuleList` of its blocks, got {kind}"
+            + (", an encoder-decoder." if model.config.is_encoder_decoder else f" without one of {layers}.")
+            + " Pass a decoder-only language model."
+        )
+    name = max(lists, key=lambda name: sum(parameter.numel() for parameter in lists[name].parameters()))
+    if not any(isinstance(module, nn.Linear) for module in lists[name].modules()):
+        modules = lists[name].modules()
+        owners = {type(m).__name__ for m in modules if any(p.ndim > 1 for p in m.parameters(recurse=False))}
+        raise ValueError(
+            f"`model` must have `torch.nn.Linear` layers in its blocks, got {kind} with the matrices of `{name}` in "
+            f"{' and '.join(sorted(owners)) or 'none'}. Pass a model of another family, not quantized yet."
+        )
+    return name, lists[name]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """
+    One call of a module. `reads` and `writes` tell its first argument and its result from all other tensors; they are
+    kept here, because an address is used again once its tensor is gone.
+    """
+
+    name: str
+    module: Any
+    args: tuple
+    kwargs: dict[str, Any]
+    result: Any
+    reads: tuple[int, int, int] | None
+    writes: tuple[int, int, int] | None
+
+    def repeat(self) -> Any:
+        return _first_tensor(self.module(*self.args, **self.kwargs))
+
+
+def _record(root: nn.Module, run: Callable[[], Any]) -> list[_Call]:
+    """Calls of `root` and all modules in it during `run`, in the order in which they return."""
+    calls: list[_Call] = []
+    with ExitStack() as hooks:
+        for name, module in root.named_modules():
+
+            def record(module, args, kwargs, result, name=name):
+                calls.append(_Call(name, module, args, kwargs, result, _identity(args), _identity(result)))
+
+            hooks.callback(module.register_forward_hook(record, with_kwargs=True).remove)
+        run()
+    return calls
+
+
+def _describe_block(name: str, block: nn.Module, calls: list[_Call]) -> Block:
+    call = next(call for call in calls if call.name == name)
+    own = {c.name.removeprefix(f"{name}."): c for c in calls if c.name.startswith(f"{name}.")}
+    experts, gates = _experts(block), _expert_gates(block)
+    linears = {n: c for n, c in own.items() if isinstance(c.module, nn.Linear) and n not in experts}
+    attention = [n for n in linears if _is_in_attention(block, n)]
+    mlp = {n: c for n, c in linears.items() if n not in attention and n not in gates}
+
+    runs = {"": call} | own
+    for parent in dict.fromkeys(n.rpartition(".")[0] for n in experts):
+        runs |= _run_expert(parent, block.get_submodule(parent))
+    mlp |= {n: runs[n] for n in experts}
+    stages = _stages({n: c for n, c in (linears | mlp).items() if n not in gates})
+    scale_pairs, scale_reasons = _scale_pairs(runs, mlp)
+
+    norms = {n: c for n, c in own.items() if _is_norm(c.module)}
+    norm_readers = {n: tuple(k for k, c in linears.items() if c.reads == norm.writes) for n, norm in norms.items()}
+    norm_of = {linear: n for n, readers in norm_readers.items() for linear in readers}
+    attention_norm = next((norm_of.get(n) for n in attention), None)
+    mlp_norm = next((norm_of.get(n) for n in mlp if n not in experts), None)
+    shift_reason = None
+    if _holds_experts(block):
+        shift_reason = "the router of its experts reads the norm as well"
+    elif not attention:
+        shift_reason = "it has no attention whose error could be corrected"
+    elif mlp_norm is None:
+        shift_reason = "no norm stands right before its MLP"
+    elif attention_norm is not None and norms[mlp_norm].reads == norms[attention_norm].reads:
+        shift_reason = "its MLP runs parallel to attention, and does not read what attention adds"
+    elif not _shift_passes(call, norms[mlp_norm].module, [own[n].module for n in norm_readers[mlp_norm]]):
+        shift_reason = f"`{mlp_norm}` is read by more than linears"
+
+    read = {c.reads for c in (*linears.values(), *norms.values())}
+    returned = {c.writes for n, c in own.items() if "." not in n} - read
+    return Block(
+        name=name,
+        module=block,
+        stages=stages,
+        scale_pairs=scale_pairs,
+        scale_reasons=scale_reasons,
+        attention_norm=attention_norm,
+        mlp_norm=mlp_norm,
+        shift_linears=norm_readers[mlp_norm] if mlp_norm is not None and shift_reason is None else (),
+        shift_reason=shift_reason,
+        norm_readers={n: readers for n, readers in norm_readers.items() if readers},
+        residual_writers=tuple(n for n, c in linears.items() if c.writes in returned and n not in norm_of),
+        full_precision=_full_precision(block, stages, gates),
+    )
+
+
+def _run_expert(name: str, expert: nn.Module) -> dict[str, _Call]:
+    """Calls in an expert that is run by itself, because four tokens do not reach all of them."""
+    first = next(module for module in expert.modules() if isinstance(module, nn.Linear))
+    tokens = _noise(first.weight.new_empty(4, first.in_features))
+    return {f"{name}.{call.name}".rstrip("."): call for call in _record(expert, lambda: expert(tokens))}
+
+
+def _stages(linears: Mapping[str, _Call]) -> tuple[Stage, ...]:
+    stages: dict[Any, tuple[str, ...]] = {}
+    for name, call in linears.items():
+        stages[call.reads] = (*stages.get(call.reads, ()), name)
+    return tuple(Stage(names) for names in stages.values())
+
+
+def _scale_pairs(
+    calls: Mapping[str, _Call], linears: Mapping[str, _Call]
+) -> tuple[tuple[ScalePair, ...], dict[str, str]]:
+    """Pairs among the linears of an MLP, and why the other second layers have none."""
+    pairs, reasons = [], {}
+    for index, (consumer, call) in enumerate(linears.items()):
+        size, parent = call.module.in_features, consumer.rpartition(".")[0]
+        producers = {
+            name: linear.module
+            for name, linear in list(linears.items())[:index]
+            if name.rpartition(".")[0] == parent
+            and linear.reads != call.reads
+            and linear.module.out_features in (size, 2 * size)
+        }
+        candidates = [
+            ScalePair(name, consumer, slice(start, start + size))
+            for name, producer in producers.items()
+            for start in range(0, producer.out_features, size)
+        ]
+        exact = [pair for pair in candidates if _scale_passes(calls[parent], pair, producers, call.module)]
+        if exact:
+            pairs.append(exact[-1])
+        elif candidates:
+            between = [type(m).__name__ for m in calls[parent].module.children() if not list(m.parameters())]
+            between = [name for name in between if "Dropout" not in name]
+            reasons[consumer] = f"no scale of its input passes through {' or '.join(between) or 'its activation'}"
+    return tuple(pairs), reasons
+
+
+def _scale_passes(mlp: _Call, pair: ScalePair, producers: Mapping[str, nn.Module], consumer: nn.Linear) -> bool:
+    """
+    Whether scales move from `pair.consumer` to `pair.producer` without a trace. They are powers of two, so an exact
+    transform moves no bit. The producers give noise: with small or large weights a GELU would pass for linear.
+    """
+    scales = torch.exp2(_noise(consumer.weight.new_empty(consumer.in_features)).sign())
+
+    def outcome(scales: Tensor | float) -> tuple[Tensor, Tensor]:
+        inputs = []
+
+        def produce(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            output = _noise(output, seed=1)
+            if module is producers[pair.producer]:
+                output[..., pair.rows] *= scales
+            return output
+
+        def consume(module: nn.Module, args: tuple) -> tuple:
+            inputs.append(args[0] / scales)
+            return (inputs[-1], *args[1:])
+
+        with ExitStack() as hooks:
+            for producer in producers.values():
+                hooks.callback(producer.register_forward_hook(produce).remove)
+            hooks.callback(consumer.register_forward_pre_hook(consume).remove)
+            return mlp.repeat(), inputs[-1]
+
+    return all(map(torch.equal, outcome(1.0), outcome(scales)))
+
+
+def _shift_passes(block: _Call, norm: nn.Module, readers: list[nn.Module]) -> bool:
+    """Whether a shift of what `norm` returns, and the same shift of what `readers` read, have one effect."""
+
+    def shift(values: Tensor) -> Tensor:
+        return values + _noise(values[..., :1, :])
+
+    with ExitStack() as hooks:
+        hooks.callback(norm.register_forward_hook(lambda module, args, output: shift(output)).remove)
+        expected = block.repeat()
+    with ExitStack() as hooks:
+        for reader in readers:
+            hook = reader.register_forward_pre_hook(lambda module, args: (shift(args[0]), *args[1:]))
+            hooks.callback(hook.remove)
+        return torch.equal(block.repeat(), expected)
+
+
+def _full_precision(block: nn.Module, stages: tuple[Stage, ...], gates: list[str]) -> dict[str, str]:
+    quantized = {f"{linear}.weight" for stage in stages for linear in stage.linears}
+    reasons = {}
+    for name, parameter in block.named_parameters():
+        owner = block.get_submodule(name.rpartition(".")[0])
+        if parameter.ndim < 2 or name in quantized:
+            continue
+        if name.rpartition(".")[0] in gates:
+            reasons[name] = "it weighs experts, with few rows"
+        elif isinstance(owner, nn.Linear):
+            reasons[name] = "it does not run in a forward pass of text"
+        else:
+            reasons[name] = f"{parameter.ndim}-D parameter of {type(owner).__name__}, which is no `torch.nn.Linear`"
+    return reasons
+
+
+def _experts(block: nn.Module) -> list[str]:
+    """Linears of the modules in lists inside the block."""
+    lists = tuple(f"{name}." for name, module in block.named_modules() if isinstance(module, nn.ModuleList))
+    parents = {name: f"{name.rpartition('.')[0]}." for name in _linears(block)}
+    return [name for name, parent in parents.items() if parent.startswith(lists) and parent not in lists]
+
+
+def _expert_gates(block: nn.Module) -> list[str]:
+    """Linears beside experts: routers, and the gate of a shared expert."""
+    parents = {name: name.rpartition(".")[0] for name in _linears(block)}
+    return [name for name, parent in parents.items() if parent and _holds_experts(block.get_submodule(parent))]
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Experts are a list of modules with linears, or parameters with a dimension for the expert."""
+    parameters = (p for m in module.modules() if "Conv" not in type(m).__name__ for p in m.parameters(recurse=False))
+    return bool(_experts(module)) or any(parameter.ndim > 2 for parameter in parameters)
+
+
+def _is_in_attention(block: nn.Module, name: str) -> bool:
+    parents = [name.rsplit(".", count)[0] for count in range(1, name.count(".") + 1)]
+    return any("attention" in type(block.get_submodule(parent)).__name__.lower() for parent in parents)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and not list(module.children())
+
+
+def _linears(module: nn.Module) -> list[str]:
+    return [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+
+
+def _first_tensor(values: Any) -> Tensor | None:
+    if isinstance(values, Mapping):
+        values = tuple(values.values())
+    if isinstance(values, (tuple, list)):
+        return next((value for value in values if isinstance(value, Tensor)), None)
+    return values if isinstance(values, Tensor) else None
+
+
+def _identity(values: Any) -> tuple[int, int, int] | None:
+    """What a tensor shares with its views of full size, and not with other tensors or its own later contents."""
+    tensor = _first_tensor(values)
+    return None if tensor is None else (tensor.data_ptr(), tensor._version, tensor.numel())
+
+
+def _noise(like: Tensor, seed: int = 0) -> Tensor:
+    """Normal tensor of the shape, dtype and device of `like`; it leaves the global random state alone."""
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like)
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
