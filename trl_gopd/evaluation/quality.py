@@ -1,0 +1,179 @@
+"""
+How well a model predicts a text: its perplexity, or its agreement with a reference on every next token.
+
+Standard errors take windows as independent. Neighbouring windows of one text are nearly so: each starts afresh.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .logits import check_windows, evaluation_mode, logits_in_chunks
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """
+    Perplexity of a model on windows of text. Each window's first token is given, the others are predicted.
+
+    Args:
+        value (`float`): `exp(nats_per_token)`.
+        nats_per_token (`float`): mean negative log-likelihood.
+        standard_error (`float`, *optional*):
+            That of `nats_per_token`, over windows; `None` for a single one. That of `value` is `value` times as large.
+        tokens (`int`): predicted tokens.
+    """
+
+    value: float
+    nats_per_token: float
+    standard_error: float | None
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """
+    How close a model's next-token distributions are to those of a reference. Standard errors are over windows, `None`
+    for a single one.
+
+    Args:
+        kl (`float`): mean over tokens of `KL(reference ‖ model)`, nats.
+        kl_standard_error (`float`, *optional*): its standard error.
+        top1 (`float`): share of tokens at which both find the same token most likely.
+        top1_standard_error (`float`, *optional*): its standard error.
+        excess_nats (`float`): `model.nats_per_token − reference.nats_per_token`.
+        excess_nats_standard_error (`float`, *optional*): its standard error, paired by window.
+        model ([`Perplexity`]): that of the model.
+        reference ([`Perplexity`]): that of the reference.
+        tokens (`int`): predicted tokens.
+    """
+
+    kl: float
+    kl_standard_error: float | None
+    top1: float
+    top1_standard_error: float | None
+    excess_nats: float
+    excess_nats_standard_error: float | None
+    model: Perplexity
+    reference: Perplexity
+    tokens: int
+
+
+def perplexity(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1, chunk_size: int = 256) -> Perplexity:
+    """
+    Perplexity of a model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model. Its modules keep their training or evaluation mode.
+        windows (`torch.Tensor` of shape `(n, T)`):
+            Integer token ids, without padding.
+        batch_size (`int`, *optional*, defaults to `1`):
+            Windows in a forward.
+        chunk_size (`int`, *optional*, defaults to `256`):
+            Tokens whose float32 logits exist at a time.
+
+    Returns:
+        [`Perplexity`].
+    """
+    check_windows(windows, model)
+    nats = []
+    with evaluation_mode(model):
+        for batch in _batches(windows, batch_size, "perplexity"):
+            labels = batch[:, 1:].flatten().split(chunk_size)
+            logits = logits_in_chunks(model, batch.to(model.device), chunk_size)
+            tokens = torch.cat([_nats(chunk.log_softmax(-1), ids) for chunk, ids in zip(logits, labels, strict=True)])
+            nats.append(_window_means(tokens, batch))
+    return _perplexity(torch.cat(nats), windows)
+
+
+def compare(
+    model: PreTrainedModel, reference: PreTrainedModel, windows: Tensor, *, batch_size: int = 1, chunk_size: int = 256
+) -> Agreement:
+    """
+    Agreement of a model with a reference that has the same vocabulary.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model, say a quantized one.
+        reference ([`~transformers.PreTrainedModel`]):
+            What it is held against, on any device.
+        windows (`torch.Tensor` of shape `(n, T)`):
+            Integer token ids, without padding.
+        batch_size (`int`, *optional*, defaults to `1`):
+            Windows in a forward.
+        chunk_size (`int`, *optional*, defaults to `256`):
+            Tokens whose float32 logits exist at a time, `(chunk_size, V)` for each model.
+
+    Returns:
+        [`Agreement`].
+    """
+    check_windows(windows, model)
+    check_windows(windows, reference)
+    sizes = [one.config.get_text_config().vocab_size for one in (model, reference)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"`model` and `reference` must have vocabularies of one size, got {sizes[0]} and {sizes[1]}. Compare a "
+            "model with what it was made from."
+        )
+    columns = []
+    with evaluation_mode(model), evaluation_mode(reference):
+        for batch in _batches(windows, batch_size, "agreement"):
+            labels = batch[:, 1:].flatten().split(chunk_size)
+            ours = logits_in_chunks(model, batch.to(model.device), chunk_size)
+            theirs = logits_in_chunks(reference, batch.to(reference.device), chunk_size)
+            tokens = torch.cat([_measure(*chunk) for chunk in zip(ours, theirs, labels, strict=True)])
+            columns.append(_window_means(tokens, batch))
+    kl, top1, nats, reference_nats = torch.cat(columns).unbind(1)
+    return Agreement(
+        *_mean(kl),
+        *_mean(top1),
+        *_mean(nats - reference_nats),
+        model=_perplexity(nats, windows),
+        reference=_perplexity(reference_nats, windows),
+        tokens=_count(windows),
+    )
+
+
+def _measure(logits: Tensor, reference_logits: Tensor, labels: Tensor) -> Tensor:
+    """Of each token, KL in nats, whether both like the same one best, and both negative log-likelihoods: `(N, 4)`."""
+    log_p, log_q = reference_logits.to(logits.device).log_softmax(-1), logits.log_softmax(-1)
+    same = (log_p.argmax(-1) == log_q.argmax(-1)).float()
+    # What the reference excludes adds nothing, though 0·(−inf − …) is NaN.
+    kl = (log_p.exp() * (log_p - log_q)).masked_fill(log_p == -torch.inf, 0.0).sum(-1)
+    return torch.stack([kl, same, _nats(log_q, labels), _nats(log_p, labels)], dim=-1)
+
+
+def _nats(log_probs: Tensor, labels: Tensor) -> Tensor:
+    return F.nll_loss(log_probs, labels.to(log_probs.device, torch.int64), reduction="none")
+
+
+def _batches(windows: Tensor, batch_size: int, name: str) -> Iterable[Tensor]:
+    # `disable=None`: only on a terminal, and there after a second.
+    return tqdm(windows.split(batch_size), desc=name, unit="batch", disable=None, delay=1)
+
+
+def _window_means(tokens: Tensor, batch: Tensor) -> Tensor:
+    """Means `(B, …)` in float64 of values `(B·(T − 1), …)`, one a predicted token."""
+    return tokens.unflatten(0, (len(batch), -1)).double().mean(1).cpu()
+
+
+def _count(windows: Tensor) -> int:
+    return windows.shape[0] * (windows.shape[1] - 1)
+
+
+def _mean(values: Tensor) -> tuple[float, float | None]:
+    """Mean of `(n,)` values, one a window, and its standard error."""
+    n = len(values)
+    return float(values.mean()), float(values.std()) / math.sqrt(n) if n > 1 else None
+
+
+def _perplexity(nats: Tensor, windows: Tensor) -> Perplexity:
+    mean, error = _mean(nats)
+    return Perplexity(math.exp(mean), mean, error, _count(windows))
