@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from trl_gopd.d2quant.config import D2QuantConfig
     from trl_gopd.gopd.config import GOPDConfig
     from trl_gopd.gopd.trainer import GOPDTrainer
 
 __version__ = "0.1.0"
 
-__all__ = ["GOPDConfig", "GOPDTrainer", "__version__"]
+__all__ = ["D2QuantConfig", "GOPDConfig", "GOPDTrainer", "__version__"]
 
 _MODULE_OF = {
+    "D2QuantConfig": "trl_gopd.d2quant.config",
     "GOPDConfig": "trl_gopd.gopd.config",
     "GOPDTrainer": "trl_gopd.gopd.trainer",
 }

@@ -1,0 +1,373 @@
+"""How to quantize, and what a checkpoint must say to be read again."""
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import Any, Self
+
+import torch
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .grids import GRIDS
+from .packing import BITS
+
+
+QUANT_METHOD = "d2quant"
+# Of what a checkpoint holds, its configuration included. Readers refuse a newer one.
+FORMAT_VERSION = 1
+ROUNDINGS = ("rtn", "gptq", "gptaq")
+ROTATIONS = (None, "full", "group")
+SCALE_DTYPES = ("float16", "bfloat16", "float32")
+
+# What only the machine that quantizes needs: shared by copies, left out of `config.json`.
+RUNTIME_FIELDS = ("dataset", "tokenizer", "work_dir")
+
+
+class D2QuantConfig(QuantizationConfigMixin):
+    """
+    Configuration of D²Quant, weight-only quantization below four bits: https://huggingface.co/papers/2602.02546.
+
+    The defaults are what measured best, see `docs/d2quant.md`; [`D2QuantConfig.paper`] and [`D2QuantConfig.release`]
+    are the settings of the paper and of its authors' code.
+
+    > Parameters that control the format
+
+    Args:
+        bits (`int`, *optional*, defaults to `2`):
+            Width of a code: 2, 3, 4 or 8.
+        group_size (`int`, *optional*, defaults to `64`):
+            Columns of a weight that share a scale. Need not divide the width; the last group has what is left.
+        grid (`str`, *optional*, defaults to `"affine"`):
+            Codebook of a group: `"affine"` (a scale and an integer zero point), `"midrise"` (a scale; symmetric, with
+            no level at zero) or `"bitplane"` (a scale for each bit, as in the authors' release; 2 or 3 bits).
+        down_grid (`str`, *optional*):
+            Codebook of the second linear of an MLP, the one that can have a column scale. By default that of the rest.
+        scale_dtype (`str`, *optional*, defaults to `"float16"`):
+            Dtype of the stored scales: `"float16"`, `"bfloat16"` or `"float32"`.
+        modules_to_not_convert (`list[str]`, *optional*):
+            Linears of the decoder blocks to leave as they are, by the end of their names, such as `"mlp.down_proj"`
+            or `"layers.0.self_attn.o_proj"`. Embeddings and the head always are.
+
+    > Parameters that control the rounding
+
+    Args:
+        rounding (`str`, *optional*, defaults to `"gptaq"`):
+            `"rtn"` (to nearest), `"gptq"`, or `"gptaq"`, which aims at what the full-precision model computes.
+        alpha (`float`, *optional*, defaults to `0.25`):
+            Share of the asymmetry that `"gptaq"` compensates.
+        damp_percent (`float`, *optional*, defaults to `0.01`):
+            Damping of the Hessian, a fraction of the mean of its diagonal.
+        act_group_aware (`bool`, *optional*, defaults to `True`):
+            Whether columns are visited by decreasing Hessian diagonal, group by group.
+        hessian_weights (`bool`, *optional*, defaults to `True`):
+            Whether codebooks are fitted with columns weighted by the Hessian's diagonal. `False` is the paper's fit.
+        clip (`bool`, *optional*, defaults to `True`):
+            Whether the fit of a codebook starts from the best clipped range rather than from the full one.
+        iterations (`int`, *optional*, defaults to `15`):
+            Alternations of that fit.
+
+    > Parameters that control what D²Quant adds
+
+    Args:
+        column_scale (`bool`, *optional*, defaults to `False`):
+            Dual-scale quantizer (DSQ): whether the second linear of an MLP gets a scale for each column, absorbed into
+            the rows of the linear before it.
+        mean_shift (`bool`, *optional*, defaults to `False`):
+            Deviation-aware correction (DAC): whether the mean shift at the norm before the MLP is taken back, in
+            biases of the linears that read it.
+        shift_gate (`float`, *optional*, defaults to `0.0`):
+            Channels of which the mean explains less than this share of the deviation are not corrected.
+        shift_shrink (`bool`, *optional*, defaults to `False`):
+            Whether the correction is shrunk by how uncertain the mean is.
+        rotation (`str`, *optional*):
+            Hadamard rotation of the residual stream before all else: `"full"`, or `"group"`, in blocks of
+            `group_size`. Unties tied embeddings.
+        tune_epochs (`int`, *optional*, defaults to `0`):
+            Passes over the calibration tokens that tune scales and norms, all blocks at once, to the token
+            distributions of the full-precision model. 0 leaves it out.
+        tune_learning_rate (`float`, *optional*, defaults to `5e-3`):
+            Step of the tuning, relative to the mean magnitude of each tensor.
+
+    > Parameters that control calibration
+
+    Args:
+        dataset (*optional*):
+            `None` (an embedded English text), `"wikitext2"`, the path of a text file, a list of strings, a `datasets`
+            object or token ids. Not stored.
+        tokenizer (*optional*):
+            Tokenizer, or its folder or name; by default that of the model's path. Not stored.
+        num_samples (`int`, *optional*, defaults to `16`):
+            Windows of tokens.
+        seq_length (`int`, *optional*, defaults to `512`):
+            Tokens in a window.
+        seed (`int`, *optional*, defaults to `0`):
+            Of the choice of windows, the rotation, and the order of the tuning.
+        work_dir (`str`, *optional*):
+            Folder for finished blocks: a run that was interrupted goes on from there. Not stored.
+
+    > Parameters that a checkpoint states about itself, not to be passed
+
+    Args:
+        format_version (`int`, *optional*, defaults to `1`):
+            Version of the checkpoint's format.
+        bias_modules (`list[str]`, *optional*):
+            Linears with a bias, by the end of their names.
+        input_scale_modules (`list[str]`, *optional*):
+            Linears that scale their input, in the same way.
+        down_modules (`list[str]`, *optional*):
+            Linears on the codebook `down_grid`, in the same way.
+
+    Raises:
+        `TypeError`: if a value has the wrong type.
+        `ValueError`: if a value is out of range, or the checkpoint is of a newer version.
+
+    Example:
+
+    ```python
+    >>> from trl_gopd import D2QuantConfig
+
+    >>> D2QuantConfig(bits=3).group_size
+    64
+
+    ```
+    """
+
+    def __init__(
+        self,
+        bits: int = 2,
+        group_size: int = 64,
+        *,
+        grid: str = "affine",
+        down_grid: str | None = None,
+        scale_dtype: str | torch.dtype = "float16",
+        modules_to_not_convert: list[str] | None = None,
+        rounding: str = "gptaq",
+        alpha: float = 0.25,
+        damp_percent: float = 0.01,
+        act_group_aware: bool = True,
+        hessian_weights: bool = True,
+        clip: bool = True,
+        iterations: int = 15,
+        column_scale: bool = False,
+        mean_shift: bool = False,
+        shift_gate: float = 0.0,
+        shift_shrink: bool = False,
+        rotation: str | None = None,
+        tune_epochs: int = 0,
+        tune_learning_rate: float = 5e-3,
+        dataset: Any = None,
+        tokenizer: Any = None,
+        num_samples: int = 16,
+        seq_length: int = 512,
+        seed: int = 0,
+        work_dir: str | None = None,
+        format_version: int = FORMAT_VERSION,
+        bias_modules: list[str] | None = None,
+        input_scale_modules: list[str] | None = None,
+        down_modules: list[str] | None = None,
+        quant_method: str = QUANT_METHOD,
+    ):
+        self.quant_method = quant_method
+        self.bits = bits
+        self.group_size = group_size
+        self.grid = grid
+        self.down_grid = down_grid
+        # a dtype is no JSON
+        self.scale_dtype = str(scale_dtype).removeprefix("torch.")
+        self.modules_to_not_convert = modules_to_not_convert
+        self.rounding = rounding
+        self.alpha = alpha
+        self.damp_percent = damp_percent
+        self.act_group_aware = act_group_aware
+        self.hessian_weights = hessian_weights
+        self.clip = clip
+        self.iterations = iterations
+        self.column_scale = column_scale
+        self.mean_shift = mean_shift
+        self.shift_gate = shift_gate
+        self.shift_shrink = shift_shrink
+        self.rotation = rotation
+        self.tune_epochs = tune_epochs
+        self.tune_learning_rate = tune_learning_rate
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.num_samples = num_samples
+        self.seq_length = seq_length
+        self.seed = seed
+        self.work_dir = work_dir
+        self.format_version = format_version
+        self.bias_modules = bias_modules
+        self.input_scale_modules = input_scale_modules
+        self.down_modules = down_modules
+        self.post_init()
+
+    @classmethod
+    def paper(cls, bits: int = 2, **overrides: Any) -> Self:
+        """
+        The settings of [D²Quant](https://huggingface.co/papers/2602.02546), with the codebook the paper describes: an
+        affine one with a column scale, fitted with all columns alike.
+
+        Args:
+            bits (`int`, *optional*, defaults to `2`): Width of a code; the paper has 2 and 3.
+            overrides: Other fields, instead of the paper's.
+        """
+        settings = {
+            "bits": bits,
+            "group_size": 128,
+            "grid": "affine",
+            "rounding": "gptaq",
+            "alpha": 0.25,
+            "damp_percent": 0.01,
+            "act_group_aware": True,
+            "hessian_weights": False,
+            "clip": True,
+            "iterations": 15,
+            "column_scale": True,
+            "mean_shift": True,
+            "rotation": "group",
+            "tune_epochs": 0,
+            "num_samples": 128,
+            "seq_length": 2048,
+        }
+        return cls(**{**settings, **overrides})
+
+    @classmethod
+    def release(cls, bits: int = 2, **overrides: Any) -> Self:
+        """
+        The settings of the authors' code: those of [`D2QuantConfig.paper`], with bit-planes as the codebook of the
+        second linear of an MLP.
+
+        Args:
+            bits (`int`, *optional*, defaults to `2`): Width of a code, 2 or 3.
+            overrides: Other fields, instead of the release's.
+        """
+        return cls.paper(bits, **{"down_grid": "bitplane", **overrides})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """
+        Configuration from what [`to_dict`] returned, or from a part of it.
+
+        Raises:
+            `ValueError`: if it is of a newer version, or a value is out of range.
+            `TypeError`: if it has a key that is no field, or a value of the wrong type.
+        """
+        # before anything else: the other complaints about a newer format would lead astray
+        _check_version(config_dict.get("format_version", FORMAT_VERSION))
+        fields = vars(cls())
+        unknown = [name for name in config_dict if name not in fields]
+        if unknown:
+            raise TypeError(f"`D2QuantConfig` has no {_listed(unknown)}. It has {_listed(fields)}.")
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `config.json` holds: all fields but those that only the machine that quantizes needs."""
+        return {name: copy.deepcopy(value) for name, value in vars(self).items() if name not in RUNTIME_FIELDS}
+
+    def __iter__(self):
+        yield from self.to_dict().items()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # `from_pretrained` copies its arguments, while a data set may be large, or a generator, which has no copy
+        copied = copy.copy(self)
+        for name, value in vars(self).items():
+            setattr(copied, name, value if name in RUNTIME_FIELDS else copy.deepcopy(value, memo))
+        return copied
+
+    def skips(self, name: str) -> bool:
+        """Whether the linear that is called `name` in its model stays as it is."""
+        return is_listed(name, self.modules_to_not_convert)
+
+    def grid_of(self, name: str) -> str:
+        """Codebook of the linear that is called `name` in its model, once `down_modules` is known."""
+        return self.down_grid if self.down_grid and is_listed(name, self.down_modules) else self.grid
+
+    def post_init(self) -> None:
+        """Checks the fields."""
+        if self.quant_method != QUANT_METHOD:
+            raise ValueError(
+                f"`quant_method` must be '{QUANT_METHOD}', got {self.quant_method!r}. Use the class of that method."
+            )
+        _check_version(self.format_version)
+        self._check_choices("bits", BITS)
+        self._check_integer("group_size", 1, "For one group a row, pass the width of the widest linear.")
+        self._check_choices("grid", GRIDS)
+        self._check_choices("down_grid", (None, *GRIDS))
+        if "bitplane" in (self.grid, self.down_grid) and self.bits not in (2, 3):
+            raise ValueError(
+                f"`bits` must be 2 or 3 for the grid 'bitplane', got {self.bits}. Use the grid 'affine' or 'midrise'."
+            )
+        self._check_choices("scale_dtype", SCALE_DTYPES)
+        self._check_choices("rounding", ROUNDINGS)
+        self._check_number("alpha", 0, 1, "0 is GPTQ.")
+        self._check_number("damp_percent", 0, 1, "GPTQ uses 0.01.", open_start=True)
+        self._check_integer("iterations", 0, "0 keeps the clipped range it starts from.")
+        self._check_number("shift_gate", 0, 1, "0 corrects all channels.")
+        self._check_choices("rotation", ROTATIONS)
+        self._check_integer("tune_epochs", 0, "0 leaves the tuning out.")
+        self._check_number("tune_learning_rate", 0, math.inf, "Use 5e-3.", open_start=True)
+        self._check_integer("num_samples", 1, "GPTQ uses 128.")
+        # a single token has none to predict and none to attend to
+        self._check_integer("seq_length", 2, "GPTQ uses 2048.")
+        self._check_integer("seed", 0, "Use 0.")
+        for name in ("act_group_aware", "hessian_weights", "clip", "column_scale", "mean_shift", "shift_shrink"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}. Pass one of the two.")
+        for name in ("modules_to_not_convert", "bias_modules", "input_scale_modules", "down_modules"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (list, tuple)) and all(type(v) is str for v in value)):
+                raise TypeError(f"`{name}` must be a list of names of linears, got {value!r}. Pass ['mlp.down_proj'].")
+
+    def _check_choices(self, name: str, accepted: tuple) -> None:
+        value = getattr(self, name)
+        # of the same type too: True is 1, and 2.0 is 2
+        if not any(type(value) is type(choice) and value == choice for choice in accepted):
+            raise ValueError(f"`{name}` must be one of {_listed(accepted)}, got {value!r}. Choose one of these.")
+
+    def _check_integer(self, name: str, lowest: int, remedy: str) -> None:
+        value = getattr(self, name)
+        if type(value) is not int:
+            raise TypeError(f"`{name}` must be an integer, at least {lowest}, got {value!r}. {remedy}")
+        if value < lowest:
+            raise ValueError(f"`{name}` must be at least {lowest}, got {value}. {remedy}")
+
+    def _check_number(self, name: str, start: float, stop: float, remedy: str, *, open_start: bool = False) -> None:
+        value = getattr(self, name)
+        interval = f"{'(' if open_start else '['}{start}, {stop}{')' if stop == math.inf else ']'}"
+        if type(value) not in (int, float):
+            raise TypeError(f"`{name}` must be a number in {interval}, got {value!r}. {remedy}")
+        # written so that NaN is refused
+        if not (start <= value <= stop and value < math.inf and not (open_start and value == start)):
+            raise ValueError(f"`{name}` must be in {interval}, got {value}. {remedy}")
+
+
+def is_listed(name: str, listed: Iterable[str] | None) -> bool:
+    """
+    Whether the linear that is called `name` in its model is one of those `listed` by the end of their names.
+
+    Example:
+
+    ```python
+    >>> is_listed("model.layers.3.mlp.down_proj", ["down_proj"])
+    True
+    >>> is_listed("model.layers.13.mlp.down_proj", ["layers.3.mlp.down_proj"])
+    False
+
+    ```
+    """
+    # A base model lacks the prefix that its names have with a head, so the listed one may be the longer.
+    return any(f".{name}".endswith(f".{end}") or f".{end}".endswith(f".{name}") for end in listed or ())
+
+
+def _check_version(version: Any) -> None:
+    if type(version) is not int or version < 1:
+        raise ValueError(f"`format_version` must be from 1 to {FORMAT_VERSION}, got {version!r}. Leave it out.")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"The checkpoint is of `format_version` {version}, written by a newer trl_gopd; this one reads up to "
+            f"{FORMAT_VERSION}. Upgrade: `pip install -U trl-gopd`."
+        )
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(repr(name) for name in names)
