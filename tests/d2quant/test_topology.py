@@ -164,6 +164,21 @@ class TestScalePair:
         for block in find_topology(build_family("opt")).blocks:
             assert block.scale_pairs == (ScalePair("fc1", "fc2", slice(0, 40)),)
 
+    def test_layers_called_by_a_module_above(self):
+        class Outer(nn.Module):
+            def __init__(self, mlp):
+                super().__init__()
+                self.inner = mlp
+
+            def forward(self, hidden_states):
+                up = self.inner.up_proj(hidden_states)
+                return self.inner.down_proj(self.inner.act_fn(self.inner.gate_proj(hidden_states)) * up)
+
+        model = build_family("llama")
+        model.model.layers[0].mlp = Outer(model.model.layers[0].mlp)
+        block = find_topology(model).blocks[0]
+        assert block.scale_pairs == (ScalePair("mlp.inner.up_proj", "mlp.inner.down_proj", slice(0, 40)),)
+
     @pytest.mark.parametrize("family", NO_PAIR)
     def test_other_activations_are_named(self, family):
         for block in find_topology(build_family(family)).blocks:

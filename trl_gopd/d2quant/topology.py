@@ -66,8 +66,10 @@ class Block:
         shift_linears (`tuple[str, ...]`): all that reads `mlp_norm`, if these are linears: a shift `μ` of its output
             is `weight @ μ` in their biases. Empty if deviation-aware correction has no site here.
         shift_reason (`str`, *optional*): why it has none.
-        norm_readers (`Mapping[str, tuple[str, ...]]`): linears that read the output of each norm.
-        residual_writers (`tuple[str, ...]`): linears whose output is added to the residual stream as it is.
+        norms (`tuple[str, ...]`): all norms outside attention, in order of execution.
+        norm_readers (`Mapping[str, tuple[str, ...]]`): linears that read a norm, for norms that nothing else reads.
+        residual_writers (`tuple[str, ...]`): linears that alone change the residual stream, each by adding a multiple
+            of its output. Empty if something else changes it, or stands between, as the norms of a sandwich do.
         full_precision (`Mapping[str, str]`): matrices that are not quantized, and why: experts that are one 3-D
             parameter, routers. Names of parameters.
     """
@@ -81,6 +83,7 @@ class Block:
     mlp_norm: str | None
     shift_linears: tuple[str, ...]
     shift_reason: str | None
+    norms: tuple[str, ...]
     norm_readers: Mapping[str, tuple[str, ...]]
     residual_writers: tuple[str, ...]
     full_precision: Mapping[str, str]
@@ -231,24 +234,18 @@ def _record(root: nn.Module, run: Callable[[], Any]) -> list[_Call]:
 
 def _describe_block(name: str, block: nn.Module, calls: list[_Call]) -> Block:
     call = next(call for call in calls if call.name == name)
-    own = {c.name.removeprefix(f"{name}."): c for c in calls if c.name.startswith(f"{name}.")}
+    own = {"": call} | {c.name.removeprefix(f"{name}."): c for c in calls if c.name.startswith(f"{name}.")}
     experts, gates = _experts(block), _expert_gates(block)
     linears = {n: c for n, c in own.items() if isinstance(c.module, nn.Linear) and n not in experts}
     attention = [n for n in linears if _is_in_attention(block, n)]
     mlp = {n: c for n, c in linears.items() if n not in attention and n not in gates}
-
-    runs = {"": call} | own
-    for parent in dict.fromkeys(n.rpartition(".")[0] for n in experts):
-        runs |= _run_expert(parent, block.get_submodule(parent))
-    mlp |= {n: runs[n] for n in experts}
-    stages = _stages({n: c for n, c in (linears | mlp).items() if n not in gates})
-    scale_pairs, scale_reasons = _scale_pairs(runs, mlp)
-
     norms = {n: c for n, c in own.items() if _is_norm(c.module)}
-    norm_readers = {n: tuple(k for k, c in linears.items() if c.reads == norm.writes) for n, norm in norms.items()}
-    norm_of = {linear: n for n, readers in norm_readers.items() for linear in readers}
+    readers = {n: tuple(k for k, c in linears.items() if c.reads == norm.writes) for n, norm in norms.items()}
+    norm_of = {linear: n for n, found in readers.items() for linear in found}
     attention_norm = next((norm_of.get(n) for n in attention), None)
-    mlp_norm = next((norm_of.get(n) for n in mlp if n not in experts), None)
+    mlp_norm = next((norm_of.get(n) for n in mlp), None)
+    norm_readers = {n: found for n, found in readers.items() if found and _shift_passes(own, n, found)}
+
     shift_reason = None
     if _holds_experts(block):
         shift_reason = "the router of its experts reads the norm as well"
@@ -258,11 +255,14 @@ def _describe_block(name: str, block: nn.Module, calls: list[_Call]) -> Block:
         shift_reason = "no norm stands right before its MLP"
     elif attention_norm is not None and norms[mlp_norm].reads == norms[attention_norm].reads:
         shift_reason = "its MLP runs parallel to attention, and does not read what attention adds"
-    elif not _shift_passes(call, norms[mlp_norm].module, [own[n].module for n in norm_readers[mlp_norm]]):
+    elif mlp_norm not in norm_readers:
         shift_reason = f"`{mlp_norm}` is read by more than linears"
 
-    read = {c.reads for c in (*linears.values(), *norms.values())}
-    returned = {c.writes for n, c in own.items() if "." not in n} - read
+    for parent in dict.fromkeys(n.rpartition(".")[0] for n in experts):
+        own |= _run_expert(parent, block.get_submodule(parent))
+    mlp |= {n: own[n] for n in experts if n in own}
+    stages = _stages({n: c for n, c in (linears | mlp).items() if n not in gates})
+    scale_pairs, scale_reasons = _scale_pairs(own, mlp)
     return Block(
         name=name,
         module=block,
@@ -273,8 +273,9 @@ def _describe_block(name: str, block: nn.Module, calls: list[_Call]) -> Block:
         mlp_norm=mlp_norm,
         shift_linears=norm_readers[mlp_norm] if mlp_norm is not None and shift_reason is None else (),
         shift_reason=shift_reason,
-        norm_readers={n: readers for n, readers in norm_readers.items() if readers},
-        residual_writers=tuple(n for n, c in linears.items() if c.writes in returned and n not in norm_of),
+        norms=tuple(n for n in norms if not _is_in_attention(block, n)),
+        norm_readers=norm_readers,
+        residual_writers=_residual_writers(own, linears),
         full_precision=_full_precision(block, stages, gates),
     )
 
@@ -312,6 +313,8 @@ def _scale_pairs(
             for name, producer in producers.items()
             for start in range(0, producer.out_features, size)
         ]
+        while parent not in calls:  # its parts are called one by one, by a module above
+            parent = parent.rpartition(".")[0]
         exact = [pair for pair in candidates if _scale_passes(calls[parent], pair, producers, call.module)]
         if exact:
             pairs.append(exact[-1])
@@ -351,20 +354,50 @@ def _scale_passes(mlp: _Call, pair: ScalePair, producers: Mapping[str, nn.Module
     return all(map(torch.equal, outcome(1.0), outcome(scales)))
 
 
-def _shift_passes(block: _Call, norm: nn.Module, readers: list[nn.Module]) -> bool:
+def _shift_passes(calls: Mapping[str, _Call], norm: str, readers: tuple[str, ...]) -> bool:
     """Whether a shift of what `norm` returns, and the same shift of what `readers` read, have one effect."""
 
     def shift(values: Tensor) -> Tensor:
         return values + _noise(values[..., :1, :])
 
     with ExitStack() as hooks:
-        hooks.callback(norm.register_forward_hook(lambda module, args, output: shift(output)).remove)
-        expected = block.repeat()
+        hook = calls[norm].module.register_forward_hook(lambda module, args, output: shift(output))
+        hooks.callback(hook.remove)
+        expected = calls[""].repeat()
     with ExitStack() as hooks:
         for reader in readers:
-            hook = reader.register_forward_pre_hook(lambda module, args: (shift(args[0]), *args[1:]))
+            hook = calls[reader].module.register_forward_pre_hook(lambda module, args: (shift(args[0]), *args[1:]))
             hooks.callback(hook.remove)
-        return torch.equal(block.repeat(), expected)
+        return torch.equal(calls[""].repeat(), expected)
+
+
+def _residual_writers(calls: Mapping[str, _Call], linears: Mapping[str, _Call]) -> tuple[str, ...]:
+    """
+    Linears that add a multiple of their output to what enters the block: with zeros there and from all other such
+    linears, a flip and powers of two come through. Without their outputs the block must return its input.
+    """
+    block = calls[""]
+    hidden_states = _first_tensor(block.args)
+    if hidden_states is None:
+        return ()
+    candidates = {n: c.module for n, c in linears.items() if c.module.out_features == hidden_states.shape[-1]}
+    scales = torch.exp2(_noise(hidden_states[..., :1, :]).sign())
+
+    def run(hidden_states: Tensor, outputs: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
+        with ExitStack() as hooks:
+            for name, output_of in outputs.items():
+                hook = candidates[name].register_forward_hook(lambda m, args, output, f=output_of: f(_noise(output)))
+                hooks.callback(hook.remove)
+            return _first_tensor(block.module(hidden_states, *block.args[1:], **block.kwargs))
+
+    writers, silent = [], dict.fromkeys(candidates, torch.zeros_like)
+    for name in candidates:
+        plain = run(torch.zeros_like(hidden_states), silent | {name: lambda noise: noise})
+        moved = run(torch.zeros_like(hidden_states), silent | {name: lambda noise: noise.flip(-1) * scales})
+        if plain.any() and torch.equal(moved, plain.flip(-1) * scales):
+            writers.append(name)
+    is_complete = torch.equal(run(hidden_states, dict.fromkeys(writers, torch.zeros_like)), hidden_states)
+    return tuple(writers) if is_complete else ()
 
 
 def _full_precision(block: nn.Module, stages: tuple[Stage, ...], gates: list[str]) -> dict[str, str]:
@@ -415,7 +448,7 @@ def _linears(module: nn.Module) -> list[str]:
     return [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
 
 
-def _first_tensor(values: Any) -> Tensor | None:
+def _first_tensor(values: Any) -> Any:
     if isinstance(values, Mapping):
         values = tuple(values.values())
     if isinstance(values, (tuple, list)):
