@@ -84,3 +84,8 @@ class TestUnpackRows:
         codes = unpack_rows(words, bits, dtype)
         assert codes.dtype == dtype
         assert torch.equal(codes, unpack(words.T.contiguous(), bits, 64).T.to(dtype))
+
+    @pytest.mark.parametrize("rows", [slice(0, 0), slice(4, 5), slice(1, 4)])
+    def test_takes_views(self, rows, generator):
+        words = torch.randint(-(2**31), 2**31, (6, 5), generator=generator, dtype=torch.int64).int()
+        assert torch.equal(unpack_rows(words[:, rows].T, 3), unpack(words, 3, 64).T[rows])

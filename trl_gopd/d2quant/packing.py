@@ -92,7 +92,7 @@ def unpack_rows(words: Tensor, bits: int, dtype: torch.dtype = torch.uint8) -> T
     """
     rows, length = words.shape[0], words.shape[1] * 32 // bits
     # Hosts are little-endian, so that bytes follow each other in the order of the stream.
-    data = words.flatten().view(torch.uint8).view(rows, 4 * words.shape[1])
+    data = words.contiguous().view(-1).view(torch.uint8).view(rows, 4 * words.shape[1])
     if bits == 8:
         return data.to(dtype)
     if bits == 4:
