@@ -4,6 +4,7 @@ without replacement, by the seed alone; every form of the same data gives the sa
 parts that share no paragraph. Bad data is refused by value and remedy.
 """
 
+import doctest
 import importlib
 import sys
 
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import build_tokenizer
+from trl_gopd.d2quant import calibration
 from trl_gopd.d2quant.calibration import (
     calibration_windows,
     check_ids,
@@ -263,3 +265,8 @@ class TestErrors:
         monkeypatch.setattr("datasets.load_dataset", load_dataset)
         with pytest.raises(ConnectionError, match="Couldn't reach the Hub. Connect to the hub, or pass a text file"):
             calibration_windows("wikitext2", tokenizer, num_samples=1, seq_length=8, seed=0)
+
+
+def test_example():
+    result = doctest.testmod(calibration)
+    assert result.attempted == 4 and result.failed == 0
