@@ -254,8 +254,15 @@ class TestEnableCompiled:
         layer(x[:1])
         assert calls == []
         with torch.no_grad():
-            layer(x[:4])
+            y = layer(x[:4])
         assert calls == [33] * 4
+        assert not y.requires_grad
+
+    def test_output_made_in_inference_mode_may_be_trained_on(self, calls):
+        with torch.inference_mode():
+            y = packed_layer(**self.LAYER)(torch.ones(1, 192))
+        assert calls == [33]
+        assert not y.is_inference()
 
     @pytest.mark.parametrize("options", [{"grid": "bitplane"}, {"group_size": 48}, {"group_size": 128}])
     def test_other_layers_are_not_affected(self, options, calls):
@@ -302,6 +309,10 @@ class TestEnableCompiled:
             x = torch.randn(2, in_features, generator=generator)
             largest = layer.weight_scale.abs().max() * 2**3
             atol = (in_features + 3) * EPS * largest * x.abs().sum(-1).max()
-            torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=float(atol))
+            with torch.autocast("cpu", torch.bfloat16):
+                layer(x)
+            with torch.inference_mode(out_features == 64):
+                y = layer(x)
+            torch.testing.assert_close(y, dense(x), rtol=0, atol=float(atol))
         assert kernels._compiled, "it fell back"
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -70,8 +70,7 @@ def quantized_linear(x: Tensor, module: "D2QuantLinear") -> Tensor:
         x = x * module.input_scale.to(x.dtype)
     bias = None if module.bias is None else module.bias.to(x.dtype)
     rows, packed = x.reshape(-1, x.shape[-1]), module.packed
-    tracked = any(tensor is not None and tensor.requires_grad for tensor in (x, bias, packed.weight_scale))
-    y = None if tracked and torch.is_grad_enabled() else _compiled_linear(rows, bias, packed)
+    y = _compiled_linear(rows, bias, packed) if _suits_compiled(rows, bias, packed) else None
     if y is None:
         y = _QuantizedLinear.apply(rows, bias, *packed)
     return y.view(*x.shape[:-1], y.shape[-1])
@@ -195,12 +194,15 @@ def _by_group(matrix: Tensor, parameters: Tensor, group_size: int) -> Iterator[t
         yield matrix[..., None, whole:], parameters[..., groups:, None]
 
 
+# The compiler starts over for every combination of these.
+@torch.inference_mode(False)
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def _compiled_linear(x: Tensor, bias: Tensor | None, packed: Packed) -> Tensor | None:
-    """What `_QuantizedLinear` returns; `None` if the compiled kernel is off, not made for this, or does not build."""
+    """What `_QuantizedLinear` returns, or `None` if the kernel turned out not to compile."""
     global _compiled
     compiled = _compiled
-    if compiled is None or not _suits_compiled(x, packed):
+    if compiled is None:
         return None
     if packed.bits not in compiled:
         logger.info("Compiling the kernel for %d bits, which takes up to half a minute.", packed.bits)
@@ -210,10 +212,11 @@ def _compiled_linear(x: Tensor, bias: Tensor | None, packed: Packed) -> Tensor |
         zero_points = torch.full_like(scales, (2**packed.bits - 1) / 2)
     else:
         zero_points = unpack_rows(packed.weight_zero_point, packed.bits, torch.float32)[:, : words.shape[1]]
-    # Inputs of one dtype and layout, because the compiler starts over for others, and makes slow code of bfloat16.
+    # One dtype and layout for all layers, for the same reason; and of bfloat16 it makes slow code.
     parameters = words, scales.detach().contiguous(), zero_points.contiguous()
+    inputs = torch.empty(x.shape, dtype=torch.float32).copy_(x)
     try:
-        y = torch.stack([compiled[packed.bits](row, *parameters) for row in x.detach().float().contiguous()])
+        y = torch.stack([compiled[packed.bits](row, *parameters) for row in inputs])
     except Exception as error:  # what the compiler raises is private, and many things
         logger.warning("The kernel cannot be compiled, and stays off: %s", error)
         _compiled = None
@@ -221,10 +224,13 @@ def _compiled_linear(x: Tensor, bias: Tensor | None, packed: Packed) -> Tensor |
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def _suits_compiled(x: Tensor, packed: Packed) -> bool:
+def _suits_compiled(x: Tensor, bias: Tensor | None, packed: Packed) -> bool:
+    tracked = any(tensor is not None and tensor.requires_grad for tensor in (x, bias, packed.weight_scale))
     return (
-        x.device.type == "cpu"
+        _compiled is not None
         and not torch.compiler.is_compiling()
+        and not (tracked and torch.is_grad_enabled())
+        and x.device.type == "cpu"
         and 0 < x.shape[0] <= _COMPILED_ROWS
         and x.shape[1] == packed.in_features
         and torch.float64 not in (x.dtype, packed.weight_scale.dtype)
