@@ -1,13 +1,15 @@
 """
 What the package promises before any of its code runs.
 
-- Importing it is quiet and light, and its public names appear when first used.
-- The dependency rule: `gopd` and `d2quant` never import each other, the pure rooms import torch only, and one file
-  alone knows TRL's private modules.
+- Importing it is quiet and light, its public names appear when first used, and transformers knows its quantizer,
+  whichever is imported first.
+- The dependency rule: `gopd` and `d2quant` never import each other, the pure rooms import torch and each other only,
+  and one file alone knows TRL's private modules.
 - The version, the entry point and the type marker are what the metadata says.
 """
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,11 +19,16 @@ from pathlib import Path
 import pytest
 
 import trl_gopd
+from trl_gopd.d2quant import registration
 
 
 PACKAGE = Path(trl_gopd.__file__).parent
 HEAVY = ("torch", "transformers", "trl", "datasets", "accelerate", "peft")
-PURE = ("trl_gopd.gopd.objective", "trl_gopd.gopd.schedules")
+# For each package, the rooms that import torch, the standard library and each other.
+PURE = {
+    "trl_gopd.gopd": ("objective", "schedules"),
+    "trl_gopd.d2quant": ("grids", "packing", "rounding", "correction"),
+}
 TRL_SEAM = "trl_gopd.gopd._trl"
 # Modules of TRL that it moves and renames between minor versions. Names that `trl` itself exports are public.
 TRL_PRIVATE = ("trl.trainer", "trl.models", "trl.distributed", "trl.kernels")
@@ -30,8 +37,12 @@ TRL_PRIVATE = ("trl.trainer", "trl.models", "trl.distributed", "trl.kernels")
 def heavy_modules_after(statement: str) -> subprocess.CompletedProcess[str]:
     """Runs `statement` in a fresh interpreter, warnings as errors; it exits with the heavy modules it loaded."""
     code = f"{statement}\nimport sys\nsys.exit(' '.join(m for m in {HEAVY!r} if m in sys.modules) or 0)"
+    return run_in_process("-W", "error", "-c", code)
+
+
+def run_in_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, timeout=120
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=PACKAGE.parent, timeout=120
     )
 
 
@@ -62,6 +73,13 @@ def is_within(name: str, module: str) -> bool:
     return name == module or name.startswith(module + ".")
 
 
+def may_be_in_pure_room(module: str, name: str) -> bool:
+    package, _, room = module.rpartition(".")
+    if room not in PURE.get(package, ()) or name.split(".")[0] in ("torch", *sys.stdlib_module_names):
+        return True
+    return any(is_within(name, f"{package}.{other}") for other in PURE[package])
+
+
 def breaches(root: Path) -> list[str]:
     """Returns one line for each import below `root` (a package folder) that breaks the dependency rule."""
     found = []
@@ -69,12 +87,11 @@ def breaches(root: Path) -> list[str]:
         module = module_name(path, root)
         for line, name in imported_names(path, root):
             reason = None
+            if not may_be_in_pure_room(module, name):
+                reason = "a pure room imports torch, the standard library and the pure rooms beside it only"
             for ours, other in (("gopd", "d2quant"), ("d2quant", "gopd")):
                 if is_within(module, f"trl_gopd.{ours}") and is_within(name, f"trl_gopd.{other}"):
                     reason = f"{ours} must not import {other}"
-            top = name.split(".")[0]
-            if module in PURE and top != "torch" and top not in sys.stdlib_module_names:
-                reason = "a pure room imports torch and the standard library only"
             if module != TRL_SEAM and any(is_within(name, private) for private in TRL_PRIVATE):
                 reason = f"only {TRL_SEAM} may import a private module of TRL"
             if reason:
@@ -112,6 +129,70 @@ class TestImport:
             _ = trl_gopd.GOPDTrainr
 
 
+class TestRegistration:
+    """
+    With transformers imported after us. The other order is that of a checkpoint that brings its code along, which is
+    tested with the quantizer.
+    """
+
+    CODE = """
+import importlib, sys
+import trl_gopd
+assert "transformers" not in sys.modules
+{then}
+from transformers.quantizers import auto
+from trl_gopd.d2quant.config import D2QuantConfig
+from trl_gopd.d2quant.hf_quantizer import D2QuantHfQuantizer
+
+def known():
+    tables = auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
+    return [table.get("d2quant") for table in tables] == [D2QuantConfig, D2QuantHfQuantizer]
+
+assert known()
+assert type(auto.__spec__.loader).__module__ != "trl_gopd.d2quant.registration"
+importlib.reload(auto)
+assert known()
+finders = list(sys.meta_path)
+importlib.reload(trl_gopd)
+assert known() and sys.meta_path == finders
+"""
+
+    @pytest.mark.parametrize(
+        "then",
+        [
+            "from trl_gopd import D2QuantConfig; from transformers import PreTrainedModel",
+            # which needs the tables, whose import needs it
+            "import trl_gopd.d2quant.hf_quantizer",
+        ],
+    )
+    def test_transformers_knows_the_quantizer(self, then):
+        result = run_in_process("-c", self.CODE.format(then=then))
+        assert result.returncode == 0, result.stderr[-2000:]
+
+    def test_loader_is_asked_as_if_nobody_watched(self, tmp_path, monkeypatch):
+        """With a module in the place of the tables: other finders come first and last, and one import runs it once."""
+        (tmp_path / "tables_of_nobody.py").write_text("runs = globals().get('runs', 0) + 1\n")
+        registered = []
+        monkeypatch.setattr(registration, "TABLES", "tables_of_nobody")
+        monkeypatch.setattr(registration, "_register", lambda: registered.append(sys.modules["tables_of_nobody"].runs))
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+        registration.install()
+        assert registered == []
+        module = importlib.import_module("tables_of_nobody")
+        assert registered == [1]
+        assert (module.__spec__.loader, module.__file__) == (module.__loader__, str(tmp_path / "tables_of_nobody.py"))
+        assert isinstance(module.__loader__, importlib.machinery.SourceFileLoader)
+        importlib.reload(module)
+        assert registered == [1, 2]
+        registration.install()  # and now that it is there, at once
+        assert registered == [1, 2, 2]
+        with pytest.raises(ModuleNotFoundError, match="tables_of_no_one"):
+            monkeypatch.setattr(registration, "TABLES", "tables_of_no_one")
+            importlib.import_module("tables_of_no_one")
+        del sys.modules["tables_of_nobody"]
+
+
 class TestDependencyRule:
     def test_package_keeps_it(self):
         assert breaches(PACKAGE) == []
@@ -127,6 +208,10 @@ class TestDependencyRule:
             ("gopd/objective.py", "import numpy", "a pure room"),
             ("gopd/objective.py", "from . import scoring", "a pure room"),
             ("gopd/schedules.py", "from transformers import TrainerCallback", "a pure room"),
+            ("d2quant/grids.py", "from .linear import D2QuantLinear", "a pure room"),
+            ("d2quant/packing.py", "import numpy", "a pure room"),
+            ("d2quant/rounding.py", "from trl_gopd.d2quant.topology import Block", "a pure room"),
+            ("d2quant/correction.py", "from . import pipeline", "a pure room"),
             ("gopd/trainer.py", "from trl.trainer.utils import pad", "only trl_gopd.gopd._trl"),
             ("gopd/trainer.py", "from trl import trainer", "only trl_gopd.gopd._trl"),
             ("cli/train.py", "from importlib import import_module\nimport_module('trl.models')", "only trl_gopd.gopd"),
@@ -147,6 +232,9 @@ class TestDependencyRule:
             ("gopd/trainer.py", "from trl import GRPOTrainer"),
             ("gopd/trainer.py", "from trl_gopd.gopd import objective"),
             ("gopd/objective.py", "import math\nfrom torch.nn import functional"),
+            ("d2quant/rounding.py", "from .grids import GroupGrid"),
+            ("d2quant/rounding.py", "from trl_gopd.d2quant.grids import GroupGrid"),
+            ("d2quant/linear.py", "from transformers import PreTrainedModel"),
             ("cli/train.py", "from trl_gopd import d2quant, gopd"),
         ],
     )

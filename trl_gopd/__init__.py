@@ -7,6 +7,8 @@ The public names below are loaded when first used, so that `import trl_gopd` sta
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from trl_gopd.d2quant.registration import install as _register_with_transformers
+
 
 if TYPE_CHECKING:
     from trl_gopd.d2quant.config import D2QuantConfig
@@ -34,3 +36,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+_register_with_transformers()

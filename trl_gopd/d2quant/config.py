@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .grids import GRIDS
+from .grids import GRIDS, Grid
 from .packing import BITS
 
 
@@ -137,8 +137,8 @@ class D2QuantConfig(QuantizationConfigMixin):
         bits: int = 2,
         group_size: int = 64,
         *,
-        grid: str = "affine",
-        down_grid: str | None = None,
+        grid: Grid = "affine",
+        down_grid: Grid | None = None,
         scale_dtype: str | torch.dtype = "float16",
         modules_to_not_convert: list[str] | None = None,
         rounding: str = "gptaq",
@@ -267,6 +267,10 @@ class D2QuantConfig(QuantizationConfigMixin):
     def __iter__(self):
         yield from self.to_dict().items()
 
+    def __eq__(self, other: object) -> bool:
+        # the inherited one compares `quant_method` alone
+        return isinstance(other, D2QuantConfig) and self.to_dict() == other.to_dict()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # `from_pretrained` copies its arguments, while a data set may be large, or a generator, which has no copy
         copied = copy.copy(self)
@@ -278,7 +282,7 @@ class D2QuantConfig(QuantizationConfigMixin):
         """Whether the linear that is called `name` in its model stays as it is."""
         return is_listed(name, self.modules_to_not_convert)
 
-    def grid_of(self, name: str) -> str:
+    def grid_of(self, name: str) -> Grid:
         """Codebook of the linear that is called `name` in its model, once `down_modules` is known."""
         return self.down_grid if self.down_grid and is_listed(name, self.down_modules) else self.grid
 

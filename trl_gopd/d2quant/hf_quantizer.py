@@ -1,0 +1,379 @@
+"""
+D2Quant behind `from_pretrained` and `save_pretrained`: the only file that knows the hooks of transformers' quantizers.
+
+A checkpoint in full precision is loaded as it is and then quantized as a whole, since calibration needs a model that
+runs. A quantized one gets packed linears in place of its dense ones while the model is still on the meta device; their
+tensors are then loaded like any others, by name, shape and dtype.
+
+A checkpoint carries the CRC-32 of each of its tensors. What was damaged, or is not there, is noticed before loading.
+"""
+
+import copy
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+
+from .config import QUANT_METHOD, RUNTIME_FIELDS, D2QuantConfig, is_listed
+from .linear import D2QuantLinear
+
+
+# What needs models is imported where it is used: registering happens while transformers is being imported, when it has
+# none yet.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# In the metadata of safetensors files: JSON, the CRC-32 of each tensor by its name.
+CHECKSUMS = "d2quant_crc32"
+MODELING_MODULE = "modeling_d2quant"
+MODELING_CODE = '''"""
+Lets `trust_remote_code=True` load this checkpoint: importing trl_gopd is what makes its quantization known.
+"""
+
+import transformers
+import trl_gopd  # noqa: F401
+'''
+REMEDY = "Copy or download the checkpoint again, or quantize the model again."
+
+logger = logging.get_logger(__name__)
+
+
+class D2QuantHfQuantizer(HfQuantizer):
+    """
+    What `from_pretrained` calls for a [`D2QuantConfig`], or for a checkpoint that holds one.
+
+    Args:
+        quantization_config ([`D2QuantConfig`]): The configuration.
+        pre_quantized (`bool`, *optional*, defaults to `True`): Whether the checkpoint is quantized already.
+    """
+
+    quantization_config: D2QuantConfig
+
+    def __init__(self, quantization_config: D2QuantConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._tokenizer: Any = None
+        self._inserted: list[str] = []
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuses to quantize a model whose weights are kept elsewhere than where they are used."""
+        if self.pre_quantized:
+            return
+        places = {str(place) for place in (device_map.values() if isinstance(device_map, dict) else [device_map])}
+        elsewhere = places & {"disk", "meta"} or (places & {"cpu"} if len(places) > 1 else set())
+        if elsewhere:
+            raise ValueError(
+                "`device_map` must keep all weights where they are used while a model is quantized, got "
+                f"{' and '.join(sorted(elsewhere))} for some. Use one device, such as 'cpu', or enough of them."
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if self.pre_quantized:
+            _verify(checkpoint_files or ())
+            self._inserted = _insert_packed(model, self.quantization_config)
+        else:
+            _check_widths(model, self.quantization_config)
+            self._tokenizer = _load_tokenizer(model, self.quantization_config)
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            from .pipeline import quantize_model
+
+            self.remove_quantization_config(model)  # it is not quantized yet
+            # A copy: unless it came through an auto class, the configuration is the caller's own.
+            quantize_model(model, self._tokenizer, copy.copy(self.quantization_config))
+            return
+        for name in self._inserted:
+            module = model.get_submodule(name)
+            for key, parameter in module.named_parameters(recurse=False):
+                # What is offloaded to disk has not been touched.
+                if not getattr(parameter, "_is_hf_initialized", parameter.is_meta):
+                    raise ValueError(f"The checkpoint has no `{name}.{key}`, or one of another shape. {REMEDY}")
+            module.requires_grad_(False)  # transformers turns it on for all that is floating point
+        # Unless it was loaded from that file, it will not be saved with it, so the reference has to go.
+        references = getattr(model.config, "auto_map", None) or {}
+        if any(MODELING_MODULE in reference for reference in references.values()) and not model.is_remote_code():
+            del model.config.auto_map
+
+    def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None) -> "PreTrainedModel":
+        # It is a string in the configuration of a model that has been saved.
+        dense_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        with torch.device("meta"):
+            plain = type(model)(model.config)
+        without_slot = []
+        for name, module in list(_packed(model)):
+            original = name.removesuffix(".base_layer")
+            # As loading a dense checkpoint leaves them; the base of an adapter stays frozen.
+            model.set_submodule(name, module.to_dense(dense_dtype).requires_grad_(name == original))
+            if module.bias is not None and plain.get_submodule(original).bias is None:
+                without_slot.append(original)
+        if without_slot:
+            logger.warning(
+                f"{len(without_slot)} linears of the dense model have a bias, such as `{without_slot[0]}`, for which "
+                f"{type(model).__name__} has no place: `from_pretrained` will drop them if it is saved. Save the "
+                "quantized model instead."
+            )
+        return model
+
+    def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[None, dict[str, str]]:
+        """The metadata for [`~transformers.PreTrainedModel.save_pretrained`], which takes the state dict itself."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # it saves the adapter alone
+        return None, {CHECKSUMS: json.dumps(_checksums(model))}
+
+    def is_serializable(self) -> bool:
+        """Whether it can be saved. A method, while the next two are properties: so transformers uses them."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether adapters can be trained on top."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether generation may compile the model."""
+        return True
+
+
+def register() -> None:
+    """Makes transformers know `"quant_method": "d2quant"`, also if it has been loaded anew."""
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = D2QuantConfig
+    auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = D2QuantHfQuantizer
+
+
+def mark_quantized(model: "PreTrainedModel", config: D2QuantConfig) -> None:
+    """
+    Makes a model with packed linears one that `from_pretrained` could have returned: it can be saved, adapters can be
+    trained on it, and `model.dequantize()` works.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            With [`~trl_gopd.d2quant.linear.D2QuantLinear`] layers in its decoder blocks; changed in place.
+        config ([`D2QuantConfig`]):
+            How it was quantized. `model.config.quantization_config` becomes a copy of it that says which linears are
+            packed, and how.
+
+    Raises:
+        `ValueError`: if a layer is packed in another way.
+    """
+    quantizer = D2QuantHfQuantizer(_describe(model, config), pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
+
+
+def save_quantized(
+    model: "PreTrainedModel", path: str | os.PathLike, *, tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> None:
+    """
+    Saves a quantized model as a whole or not at all, and so that `trust_remote_code=True` can load it.
+
+    A process in which nobody has imported `trl_gopd` refuses to load the checkpoint. With `trust_remote_code=True` it
+    does load, or asks for `trl_gopd` to be installed.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Quantized with [`D2QuantConfig`].
+        path (`str` or `os.PathLike`): A folder that is empty, or not there yet.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): To be saved along.
+
+    Raises:
+        `TypeError`: if `model` is not a [`~transformers.PreTrainedModel`].
+        `ValueError`: if it is not quantized.
+        `FileExistsError`: if there is something at `path`.
+        `OSError`: if the disk is full. Nothing is left there then.
+    """
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise TypeError(
+            f"`model` must be a `PreTrainedModel`, got {type(model).__name__}. Save an adapter with its own "
+            "`save_pretrained`."
+        )
+    if not isinstance(getattr(model, "hf_quantizer", None), D2QuantHfQuantizer):
+        raise ValueError(
+            f"`model` must be quantized, got a {type(model).__name__} that is not. Call `quantize_model`."
+        )
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"`path` must be a new or empty folder, got {path}. Name another one, or remove it.")
+    part = path.with_name(f".{path.name}-{os.getpid()}.part")
+    part.mkdir(parents=True)
+    try:
+        model.save_pretrained(part)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        if not model.is_remote_code():  # else the code is among its files
+            _add_modeling_code(model, part)
+        if path.exists():
+            path.rmdir()
+        part.rename(path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _add_modeling_code(model: "PreTrainedModel", folder: Path) -> None:
+    """Puts a file into `folder` whose import registers the quantizer, and names its classes in `config.json`."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    names = {"AutoModel": type(model.base_model).__name__}
+    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        names["AutoModelForCausalLM"] = type(model).__name__
+    code = MODELING_CODE + "".join(f"\n\nclass {name}(transformers.{name}):\n    pass\n" for name in names.values())
+    (folder / f"{MODELING_MODULE}.py").write_text(code, encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["auto_map"] = {auto_class: f"{MODELING_MODULE}.{name}" for auto_class, name in names.items()}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _packed(model: nn.Module) -> Iterator[tuple[str, D2QuantLinear]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, D2QuantLinear))
+
+
+def _block_linears(model: "PreTrainedModel") -> dict[str, nn.Linear]:
+    """Linears in the decoder blocks, packed or not, by their names in the model."""
+    from .topology import find_blocks
+
+    blocks, modules = find_blocks(model)
+    return {
+        f"{blocks}.{index}.{name}": module
+        for index, block in enumerate(modules)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def _describe(model: "PreTrainedModel", config: D2QuantConfig) -> D2QuantConfig:
+    """Copy of `config` with what a checkpoint states about itself, and without what only quantizing needed."""
+    linears = _block_linears(model)
+    packed = {name: module for name, module in linears.items() if isinstance(module, D2QuantLinear)}
+    for name, module in packed.items():
+        layout = (module.bits, module.group_size)
+        if layout != (config.bits, config.group_size) or module.grid not in (config.grid, config.down_grid):
+            raise ValueError(
+                f"`config` must say how `{name}` is packed, got {config.bits} bits, groups of {config.group_size} and "
+                f"the grid {config.grid!r} for {module}. Pass the configuration it was quantized with."
+            )
+    described = copy.deepcopy(config)
+    for field in RUNTIME_FIELDS:
+        setattr(described, field, None)
+    described.modules_to_not_convert = _ends_of_names(linears.keys() - packed.keys(), linears)
+    described.bias_modules = _ends_of_names([n for n, m in packed.items() if m.bias is not None], linears)
+    described.input_scale_modules = _ends_of_names(
+        [n for n, m in packed.items() if m.input_scale is not None], linears
+    )
+    described.down_modules = _ends_of_names([n for n, m in packed.items() if m.grid != config.grid], linears)
+    return described
+
+
+def _ends_of_names(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Shortest list from which `is_listed` tells the `chosen` names: by their names in a block, if these suffice."""
+    chosen = set(chosen)
+    others = [name for name in names if name not in chosen]
+    ends = set()
+    for name in chosen:
+        in_block = re.split(r"\.\d+\.", name, maxsplit=1)[1]
+        ends.add(name if any(is_listed(other, [in_block]) for other in others) else in_block)
+    return sorted(ends)
+
+
+def _insert_packed(model: "PreTrainedModel", config: D2QuantConfig) -> list[str]:
+    """Puts empty packed linears where the checkpoint has packed ones. Returns their names."""
+    inserted = []
+    for name, linear in _block_linears(model).items():
+        if config.skips(name):
+            continue
+        packed = D2QuantLinear(
+            linear.in_features,
+            linear.out_features,
+            bits=config.bits,
+            group_size=config.group_size,
+            grid=config.grid_of(name),
+            bias=is_listed(name, config.bias_modules),
+            input_scale=is_listed(name, config.input_scale_modules),
+            scale_dtype=getattr(torch, config.scale_dtype),
+            dtype=linear.weight.dtype,
+            device=linear.weight.device,
+        )
+        packed._is_hf_initialized = True  # or words that are on disk, or missing, would be drawn from a distribution
+        model.set_submodule(name, packed)
+        inserted.append(name)
+    return inserted
+
+
+def _check_widths(model: "PreTrainedModel", config: D2QuantConfig) -> None:
+    for name, linear in _block_linears(model).items():
+        if linear.in_features < config.group_size and not config.skips(name):
+            raise ValueError(
+                f"`group_size` must be at most the width of every linear, got {config.group_size} and `{name}` of "
+                f"{linear.in_features} columns. Lower it, or name the linear in `modules_to_not_convert`."
+            )
+
+
+def _load_tokenizer(model: "PreTrainedModel", config: D2QuantConfig) -> Any:
+    """The tokenizer to calibrate with; `None` if there is none and the data may do without."""
+    tokenizer, data = config.tokenizer, config.dataset
+    if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
+        return tokenizer
+    first = data[0] if isinstance(data, (list, tuple)) and data else data
+    is_text = first is None or isinstance(first, (str, os.PathLike))
+    try:
+        return transformers.AutoTokenizer.from_pretrained(tokenizer or model.name_or_path)
+    except (OSError, ValueError, KeyError) as error:
+        if tokenizer is None and not is_text:
+            return None
+        raise ValueError(
+            "Calibration on text needs a tokenizer, and none could be loaded from "
+            f"{tokenizer or model.name_or_path!r}. Pass `D2QuantConfig(tokenizer=...)`, or token ids as `dataset`."
+        ) from error
+
+
+def _checksums(model: "PreTrainedModel") -> dict[str, int]:
+    """CRC-32 of all tensors that a checkpoint will hold under their names in the model."""
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    tensors = remove_tied_weights_from_state_dict(model.state_dict(), model)
+    written = revert_weight_conversion(model, tensors)
+    # Not of those that older checkpoints of this family name or shape in another way, nor of those on disk.
+    same = {name: tensor for name, tensor in tensors.items() if written.get(name) is tensor and not tensor.is_meta}
+    return {name: _crc32(tensor) for name, tensor in same.items() if not hasattr(tensor, "full_tensor")}
+
+
+def _verify(files: Iterable[str]) -> None:
+    """Raises a `ValueError` that names what is damaged or missing in the files of a checkpoint."""
+    expected: dict[str, int] = {}
+    seen = set()
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                expected |= json.loads((tensors.metadata() or {}).get(CHECKSUMS, "{}"))
+                for name in tensors.keys():  # noqa: SIM118, it is no dict
+                    seen.add(name)
+                    if name in expected and _crc32(tensors.get_tensor(name)) != expected[name]:
+                        raise ValueError(f"`{name}` in {file} is not what was saved: it is damaged. {REMEDY}")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} cannot be read, it is cut short or damaged: {error}. {REMEDY}") from error
+    missing = sorted(expected.keys() - seen)
+    if missing:
+        raise ValueError(f"The checkpoint lacks {len(missing)} tensors, such as `{missing[0]}`. {REMEDY}")
+
+
+def _crc32(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+register()
