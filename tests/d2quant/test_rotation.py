@@ -18,6 +18,7 @@ from trl_gopd.d2quant.topology import find_topology
 
 
 FAMILIES["nanochat"] = ("NanoChatConfig", {})  # norms without a weight
+FAMILIES["bitnet"] = ("BitNetConfig", {})  # a norm inside the MLP
 EXACT = [
     "llama",
     "llama-biases",
@@ -42,6 +43,7 @@ REFUSED = {
     "nemotron": "`model.layers.0.input_layernorm` is a NemotronLayerNorm1P",
     "opt": "`model.decoder.embed_positions.weight` belongs to none",
     "mixtral": "`model.layers.0.post_attention_layernorm` does not stand between",
+    "bitnet": "`model.layers.0.mlp.ffn_sub_norm` does not stand between",
     "qwen2-moe": "`model.layers.0.post_attention_layernorm` does not stand between",
 }
 
@@ -93,6 +95,8 @@ class TestFuseNorms:
         topology = find_topology(model)
         fuse_norms(model, topology)
         assert torch.equal(model.model.embed_tokens.weight, embeddings)
+        assert model.lm_head.weight.requires_grad
+        assert model.all_tied_weights_keys == {}
         rotate(model, topology)
         assert_rounds_to(logits(model), expected)
         model.save_pretrained(tmp_path)
@@ -101,6 +105,13 @@ class TestFuseNorms:
         assert reloaded.config.tie_word_embeddings is False
         assert torch.equal(logits(reloaded), logits(model))
         assert not [str(warning.message) for warning in recwarn]
+
+    def test_products_are_rounded_once(self):
+        model = build_family("gemma", dtype=torch.bfloat16)
+        mlp, norm = model.model.layers[0].mlp, model.model.layers[0].post_attention_layernorm
+        expected = (mlp.up_proj.weight.double() * (1 + norm.weight.double())).bfloat16()
+        fuse_norms(model, find_topology(model))
+        assert torch.equal(mlp.up_proj.weight, expected)
 
     def test_untied_head_stays_as_it_is(self):
         model = build_family("llama")
@@ -274,6 +285,18 @@ class TestErrors:
         model = build_family("llama")
         model.model.layers[1].mlp = Shortcut(model.model.layers[1])
         with pytest.raises(ValueError, match="`model.layers.1.mlp.scale` may read the residual stream"):
+            fuse_norms(model, find_topology(model))
+
+    def test_attention_without_a_norm(self):
+        model = build_family("llama")
+        model.model.layers[1].input_layernorm = torch.nn.Identity()
+        with pytest.raises(ValueError, match="`model.layers.1.self_attn.q_proj` may read the residual stream"):
+            fuse_norms(model, find_topology(model))
+
+    def test_stream_that_is_scaled(self):
+        model = build_family("llama")
+        model.model.layers[1].register_forward_hook(lambda module, args, output: output * torch.linspace(0.5, 1.5, 24))
+        with pytest.raises(ValueError, match="`model.layers.1` adds more to the residual stream"):
             fuse_norms(model, find_topology(model))
 
     def test_base_model(self):

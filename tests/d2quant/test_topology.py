@@ -346,6 +346,32 @@ class TestFindTopology:
         assert find_topology(build_family("opt")).final_norm == "model.decoder.final_layer_norm"
         assert find_topology(build_family("opt-350m")).final_norm is None
 
+    def test_other_lists_of_the_same_length(self):
+        model = build_family("llama")
+        model.model.embed_tokens.adapters = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+        assert find_blocks(model)[0] == "model.layers"
+
+    def test_dropout_is_off(self):
+        config = {"dropout": 0.5, "attention_dropout": 0.5}
+        model = build_family("opt", **config).train()
+        for one, other in zip(find_topology(model).blocks, find_topology(build_family("opt")).blocks, strict=True):
+            assert (one.scale_pairs, one.shift_linears) == (other.scale_pairs, other.shift_linears)
+            assert one.residual_writers == other.residual_writers != ()
+
+    @pytest.mark.parametrize("stray", [lambda h: h * torch.linspace(0.5, 1.5, 24), torch.tanh, torch.cos])
+    def test_no_writers_if_something_else_changes_the_stream(self, stray):
+        class Stray(nn.Module):
+            def __init__(self, layer):
+                super().__init__()
+                self.layer = layer
+
+            def forward(self, hidden_states, **kwargs):
+                return self.layer(hidden_states, **kwargs) + stray(hidden_states)
+
+        model = build_family("llama")
+        model.model.layers[1] = Stray(model.model.layers[1])
+        assert [len(block.residual_writers) for block in find_topology(model).blocks] == [2, 0]
+
     @pytest.mark.parametrize(
         "family, writers",
         [

@@ -145,8 +145,6 @@ def _check_block(block: Block) -> None:
     for norm in block.norms:
         if norm not in (block.attention_norm, block.mlp_norm) or norm not in block.norm_readers:
             raise _refusal(f"`{block.name}.{norm}` does not stand between the residual stream and linears alone")
-    if block.attention_norm is None or block.mlp_norm is None:
-        raise _refusal(f"attention or MLP of `{block.name}` does not read the residual stream through a norm")
     if not block.residual_writers:
         raise _refusal(f"`{block.name}` adds more to the residual stream than outputs of linears")
     hidden_size = block.module.get_submodule(block.residual_writers[0]).out_features
@@ -182,5 +180,5 @@ def _untie_lm_head(model: PreTrainedModel) -> None:
         lm_head.weight = nn.Parameter(embeddings.weight.clone(), requires_grad=embeddings.weight.requires_grad)
         for config in (model.config, model.config.get_text_config(decoder=True)):
             config.tie_word_embeddings = False
-        # What this still lists is dropped when the model is saved.
+        # Sharding and the quantizers of transformers look up here what is tied.
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)

@@ -238,7 +238,7 @@ def _describe_block(name: str, block: nn.Module, calls: list[_Call]) -> Block:
     experts, gates = _experts(block), _expert_gates(block)
     linears = {n: c for n, c in own.items() if isinstance(c.module, nn.Linear) and n not in experts}
     attention = [n for n in linears if _is_in_attention(block, n)]
-    mlp = {n: c for n, c in linears.items() if n not in attention and n not in gates}
+    mlp = {n: c for n, c in linears.items() if n not in attention}
     norms = {n: c for n, c in own.items() if _is_norm(c.module)}
     readers = {n: tuple(k for k, c in linears.items() if c.reads == norm.writes) for n, norm in norms.items()}
     norm_of = {linear: n for n, found in readers.items() for linear in found}
