@@ -1,7 +1,9 @@
 """
-Generalized On-Policy Distillation (https://huggingface.co/papers/2602.12125) for TRL.
+Generalized On-Policy Distillation (https://huggingface.co/papers/2602.12125) for TRL, and D2Quant
+(https://huggingface.co/papers/2602.02546) for transformers.
 
 The public names below are loaded when first used, so that `import trl_gopd` stays free of torch, transformers and TRL.
+It does make transformers know the quantizer, once that is imported.
 """
 
 from importlib import import_module
@@ -12,17 +14,19 @@ from trl_gopd.d2quant.registration import install as _register_with_transformers
 
 if TYPE_CHECKING:
     from trl_gopd.d2quant.config import D2QuantConfig
+    from trl_gopd.d2quant.pipeline import quantize_model
     from trl_gopd.gopd.config import GOPDConfig
     from trl_gopd.gopd.trainer import GOPDTrainer
 
 __version__ = "0.1.0"
 
-__all__ = ["D2QuantConfig", "GOPDConfig", "GOPDTrainer", "__version__"]
+__all__ = ["D2QuantConfig", "GOPDConfig", "GOPDTrainer", "__version__", "quantize_model"]
 
 _MODULE_OF = {
     "D2QuantConfig": "trl_gopd.d2quant.config",
     "GOPDConfig": "trl_gopd.gopd.config",
     "GOPDTrainer": "trl_gopd.gopd.trainer",
+    "quantize_model": "trl_gopd.d2quant.pipeline",
 }
 
 

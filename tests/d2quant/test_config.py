@@ -4,6 +4,7 @@ what only the quantizing machine needs is shared by copies and never stored.
 """
 
 import copy
+import doctest
 import inspect
 import json
 import re
@@ -11,6 +12,7 @@ import re
 import pytest
 import torch
 
+from trl_gopd.d2quant import config as module
 from trl_gopd.d2quant.config import FORMAT_VERSION, RUNTIME_FIELDS, D2QuantConfig
 
 
@@ -48,6 +50,11 @@ ONLY_VALUE = {"format_version": FORMAT_VERSION, "quant_method": "d2quant"}
 
 def defaults():
     return {name: field.default for name, field in inspect.signature(D2QuantConfig).parameters.items()}
+
+
+def test_examples():
+    result = doctest.testmod(module)
+    assert (result.failed, result.attempted > 0) == (0, True)
 
 
 class TestFields:
@@ -155,6 +162,11 @@ class TestCopies:
         config = D2QuantConfig(dataset=(i for i in "ab"), tokenizer=lambda: None, work_dir="/tmp/x")
         assert not {*config.to_dict()} & {*RUNTIME_FIELDS}
         assert "generator" not in repr(config)
+
+    def test_equal_if_all_that_is_stored_is(self):
+        assert D2QuantConfig(2, dataset=["a"]) == D2QuantConfig(2)
+        assert D2QuantConfig(2) != D2QuantConfig(3)
+        assert D2QuantConfig(2) != D2QuantConfig(2).to_dict()
 
     def test_what_to_dict_returns_is_not_the_config(self):
         config = D2QuantConfig(modules_to_not_convert=["o_proj"])

@@ -24,6 +24,7 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
@@ -131,6 +132,10 @@ class TestReload:
         assert torch.equal(logits(loaded), logits(model))
         assert repr(loaded) == repr(model)
 
+    def test_tokenizer_is_saved_along(self, saved, tokenizer):
+        loaded = AutoTokenizer.from_pretrained(saved[1])
+        assert loaded.get_vocab() == tokenizer.get_vocab()
+
     def test_configuration_states_what_is_stored(self, saved):
         _, folder = saved
         stored = json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -176,6 +181,8 @@ class TestReload:
         loaded = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "off")
         assert loaded.get_submodule(SCALED).weight.is_meta
         assert torch.equal(logits(loaded), logits(model))
+        with pytest.raises(ValueError, match="must be in memory, and `model.layers.1.* is offloaded. Load it without"):
+            loaded.dequantize()
         loaded.save_pretrained(tmp_path / "again")
         assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), model)
 
@@ -223,6 +230,13 @@ class TestReload:
         options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
         want = copy.deepcopy(model).dequantize().generate(IDS, **options)
         assert torch.equal(loaded.generate(IDS, **options), want)
+
+    def test_compiles_in_one_piece(self, saved):
+        """Which `is_compileable` promises. What is compiled for a machine is that of the kernels."""
+        model, _ = saved
+        compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
+        assert model.hf_quantizer.is_compileable
+        assert torch.equal(logits(compiled), logits(model))
 
     def test_copies(self, saved):
         model, folder = saved
@@ -329,6 +343,20 @@ class TestOnTheFly:
         config.tokenizer = tokenizer
         AutoModelForCausalLM.from_pretrained(models / "student", quantization_config=config)
         assert calls[0][2] is tokenizer
+
+    def test_the_pipeline_itself(self, models, tmp_path):
+        """What it makes of a model in memory, `from_pretrained` makes of a checkpoint."""
+        config = D2QuantConfig(
+            2, 16, down_grid="bitplane", column_scale=True, mean_shift=True, num_samples=2, seq_length=32
+        )
+        model = AutoModelForCausalLM.from_pretrained(models / "student")
+        pipeline.quantize_model(model, models / "student", config)
+        loaded = AutoModelForCausalLM.from_pretrained(models / "student", quantization_config=config)
+        assert_same(loaded, model)
+        assert loaded.config.quantization_config == model.config.quantization_config
+        assert loaded.config.quantization_config.down_modules == ["mlp.down_proj"]
+        loaded.save_pretrained(tmp_path)
+        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
     @pytest.fixture
     def unreadable(self, models, tmp_path):
@@ -519,6 +547,8 @@ assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_sta
 model.save_pretrained(again)
 model = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
 assert torch.equal(model(ids).logits, want)
+base = AutoModel.from_pretrained(again, trust_remote_code=True)
+assert "modeling_d2quant" in type(base).__module__, type(base).__module__
 """
 
     def test_refuses_or_trusts(self, saved, tmp_path):
@@ -574,6 +604,18 @@ class TestAdapters:
         base = AutoModelForCausalLM.from_pretrained(saved[1])
         assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path)), logits(model))
         assert not torch.equal(logits(model), logits(saved[0]))
+
+    def test_adapter_of_transformers_is_saved_alone(self, saved, tmp_path):
+        """One that `add_adapter` made, of a model that is no `PeftModel`."""
+        model = AutoModelForCausalLM.from_pretrained(saved[1])
+        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        model.save_pretrained(tmp_path)
+        tensors, metadata = read(tmp_path / "adapter_model.safetensors")
+        assert len(tensors) == 4
+        assert metadata == {"format": "pt"}
+        again = AutoModelForCausalLM.from_pretrained(saved[1])
+        again.load_adapter(str(tmp_path))
+        assert torch.equal(logits(again), logits(model))
 
     def test_merging_into_packed_words_fails(self, model):
         with pytest.raises(RuntimeError):

@@ -93,8 +93,7 @@ class D2QuantHfQuantizer(HfQuantizer):
             from .pipeline import quantize_model
 
             self.remove_quantization_config(model)  # it is not quantized yet
-            # A copy: unless it came through an auto class, the configuration is the caller's own.
-            quantize_model(model, self._tokenizer, copy.copy(self.quantization_config))
+            quantize_model(model, self._tokenizer, self.quantization_config)
             return
         for name in self._inserted:
             module = model.get_submodule(name)
@@ -111,10 +110,17 @@ class D2QuantHfQuantizer(HfQuantizer):
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None) -> "PreTrainedModel":
         # It is a string in the configuration of a model that has been saved.
         dense_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        packed = list(_packed(model))
+        offloaded = [name for name, module in packed if module.weight.is_meta]
+        if offloaded:
+            raise ValueError(
+                f"`model` must be in memory, and `{offloaded[0]}` is offloaded. Load it without 'disk', or 'cpu' "
+                "beside another device, in `device_map`."
+            )
         with torch.device("meta"):
             plain = type(model)(model.config)
         without_slot = []
-        for name, module in list(_packed(model)):
+        for name, module in packed:
             original = name.removesuffix(".base_layer")
             # As loading a dense checkpoint leaves them; the base of an adapter stays frozen.
             model.set_submodule(name, module.to_dense(dense_dtype).requires_grad_(name == original))
@@ -218,7 +224,7 @@ def save_quantized(
         if not model.is_remote_code():  # else the code is among its files
             _add_modeling_code(model, part)
         if path.exists():
-            path.rmdir()
+            path.rmdir()  # onto which Windows would not rename
         part.rename(path)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
