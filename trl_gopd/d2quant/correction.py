@@ -43,13 +43,13 @@ class Deviation:
 
     @property
     def mean(self) -> Tensor:
-        """μ, float64 `(channels,)`."""
-        return self.total / self.tokens
+        """μ, float64 `(channels,)`; 0 of no tokens."""
+        return self.total / max(self.tokens, 1)
 
     @property
     def explained(self) -> Tensor:
         """`μ²/(μ² + σ²)` of each channel, float64 `(channels,)`: the share of the deviation that μ removes."""
-        energy = self.squares / self.tokens
+        energy = self.squares / max(self.tokens, 1)
         return torch.where(energy > 0, self.mean.square() / energy, 0.0)
 
 
@@ -70,6 +70,6 @@ def mean_shift(deviation: Deviation, *, gate: float = 0.0, shrink: bool = False)
     """
     shift, explained = deviation.mean, deviation.explained
     if shrink:
-        noise = (1 / explained.clamp(min=1e-30) - 1) / deviation.tokens  # σ²/(n μ²)
+        noise = (1 / explained.clamp(min=1e-30) - 1) / max(deviation.tokens, 1)  # σ²/(n μ²)
         shift = shift * (1 - noise).clamp(min=0)
     return torch.where(explained >= gate, shift, 0.0).clamp(-CLIP, CLIP)

@@ -14,8 +14,8 @@ Hessian's diagonal here unless told otherwise. Group data is laid out `(columns,
 column after another runs over contiguous memory.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -85,39 +85,55 @@ class GroupGrid:
     bits: int
     grid: Grid
 
-    def quantize(self, columns: Tensor, column_scale: Tensor | float | None = None) -> tuple[Tensor, Tensor]:
+    def quantize(self, columns: Tensor, column_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """
         Nearest codes of `columns`, and what they stand for.
 
         Args:
             columns (`torch.Tensor`): float `(..., rows)`.
-            column_scale (`torch.Tensor` or `float`, *optional*): what the leading axes are scaled by, broadcastable.
+            column_scale (`torch.Tensor`, *optional*): what the leading axes are scaled by, broadcastable.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: codes and reconstruction, both float, of the shape of `columns`.
         """
-        scaled = columns if column_scale is None else columns / column_scale
-        if self.grid == "bitplane":
-            codes = _nearest_level(scaled, self.scales)
-        else:
-            codes = (scaled / self.scales[0] + self._zero()).round_().clamp_(0, 2**self.bits - 1)
-        values = self.levels(codes)
-        return codes, values if column_scale is None else values * column_scale
+        if column_scale is None:
+            codes = self.codes(columns)
+            return codes, self.levels(codes)
+        codes = self.codes(columns / column_scale)
+        return codes, self.levels(codes).mul_(column_scale)
+
+    def codes(self, columns: Tensor) -> Tensor:
+        """Code of the level nearest to each of `columns` `(..., rows)`, as floats; the column scale is left out."""
+        if self.grid != "bitplane":
+            return (columns / self.scales[0]).add_(self.zero).round_().clamp_(0, 2**self.bits - 1)
+        order, middles = self._sorted_levels
+        codes, above = order[0].expand_as(columns).clone(), torch.empty_like(columns)
+        for middle, step in zip(middles, order.diff(dim=0), strict=True):
+            # written as floats: selecting by a mask takes ten times as long on a CPU
+            codes.addcmul_(torch.gt(columns, middle, out=above), step)
+        return codes
 
     def levels(self, codes: Tensor) -> Tensor:
         """What `codes` `(..., rows)` stand for, before the column scale."""
         if self.grid != "bitplane":
-            return self.scales[0] * (codes - self._zero())
-        return sum((s * _signs(codes, k) for k, s in enumerate(self.scales)), torch.zeros_like(codes))
+            return (codes - self.zero).mul_(self.scales[0])
+        first, *others = zip(self.scales, _signs(codes, self.bits), strict=True)
+        values = first[0] * first[1]
+        for scales, signs in others:
+            values.addcmul_(scales, signs)
+        return values
 
-    def _zero(self) -> Tensor | float:
-        return (2**self.bits - 1) / 2 if self.zero_points is None else self.zero_points
+    @property
+    def zero(self) -> Tensor:
+        """The code, maybe fractional, of the level 0: `(rows,)` or a scalar."""
+        return self.scales.new_full((), (2**self.bits - 1) / 2) if self.zero_points is None else self.zero_points
 
-    def error(self, columns: Tensor, importance: Tensor | None) -> Tensor:
-        """Weighted squared error of each row `(rows,)` of `columns` `(columns, rows)`."""
-        column_scale = None if self.column_scale is None else self.column_scale[:, None]
-        _, values = self.quantize(columns, column_scale)
-        return _row_error(columns - values, importance)
+    @cached_property
+    def _sorted_levels(self) -> tuple[Tensor, Tensor]:
+        """Codes in the order of their levels `(2^bits, rows)`, and the midpoints between neighbours."""
+        codes = torch.arange(2**self.bits, dtype=self.scales.dtype, device=self.scales.device)
+        levels, order = self.levels(codes[:, None].expand(-1, self.scales.shape[1])).sort(dim=0)
+        return order.to(levels.dtype), (levels[1:] + levels[:-1]) / 2
 
 
 def fit_group(
@@ -146,8 +162,8 @@ def fit_group(
         grid (`str`):
             One of `GRIDS`.
         importance (`torch.Tensor`, *optional*):
-            Float `(columns,)`, `h_j ≥ 0`. `None` weighs all columns alike, and picks the clipped range by errors to
-            the power 2.4, as the release does.
+            Float `(columns,)`, `h_j ≥ 0`, of any magnitude; if all are 0, columns weigh alike. So they do by default,
+            when moreover the clipped range is picked by errors to the power 2.4, as in the release.
         column_scale (`bool`, *optional*, defaults to `False`):
             Whether columns get a scale of their own.
         iterations (`int`, *optional*, defaults to `15`):
@@ -160,154 +176,180 @@ def fit_group(
     Returns:
         [`GroupGrid`]: the fitted codebooks.
     """
-    fitted = _start(columns, bits=bits, grid=grid, importance=importance, factors=CLIP_FACTORS if clip else (1.0,))
-    scale = torch.ones_like(columns[:, 0]) if column_scale else None
-    for _ in range(iterations):
-        codes, _ = fitted.quantize(columns, None if scale is None else scale[:, None])
-        fitted = _refit_rows(columns, codes, fitted, scale, importance)
-        if scale is not None:
-            codes, _ = fitted.quantize(columns, scale[:, None])
-            scale = _refit_columns(columns, fitted.levels(codes), scale)
-    scales = fitted.scales
-    if scale is not None:
-        # (c, s) and (αc, s/α) are the same codebook: keep c near 1, and half-precision scales in their range.
-        gauge = scale.log().mean().exp()
-        scale, scales = scale / gauge, scales * gauge
-    if scale_dtype is not None:
-        scales = scales.to(scale_dtype).clamp(min=torch.finfo(scale_dtype).tiny).to(scales.dtype)
-    return replace(fitted, scales=scales, column_scale=scale)
-
-
-def _start(
-    columns: Tensor, *, bits: int, grid: Grid, importance: Tensor | None, factors: tuple[float, ...]
-) -> GroupGrid:
+    weights = torch.ones_like(columns[:, 0])
+    if importance is not None:
+        mean = importance.mean()
+        weights = torch.where(mean > 0, importance / mean, 1).to(columns.dtype)
+    scale, inputs, input_weights = None, columns, weights
+    if column_scale:
+        # Neither 1 nor the mean magnitude, the release's start: half way between, the affine alternation ends lower.
+        magnitude = columns.abs().mean(1)
+        scale = torch.where(magnitude > 0, magnitude / magnitude.mean(), 1).sqrt_()
+        inputs, input_weights = columns / scale[:, None], weights * scale.square()
     if grid == "bitplane":
-        return GroupGrid(_greedy_planes(columns, bits, importance), None, None, bits, grid)
-    ranges = _clipped_ranges(columns, bits, grid, factors)
-    return _search(columns, ranges, importance, CLIP_NORM if importance is None else 2.0)
+        fitted = GroupGrid(_greedy_planes(inputs, bits, input_weights), None, None, bits, grid)
+    else:
+        factors, power = CLIP_FACTORS if clip else (1.0,), CLIP_NORM if importance is None else 2.0
+        fitted = _search(inputs, _full_range(inputs, bits, grid), factors, input_weights, power)
+    if scale is None:
+        fitted = _alternate_rows(columns, fitted, weights, iterations)
+    else:
+        fitted = _alternate_columns(columns, fitted, scale, weights, iterations)
+    return fitted if scale_dtype is None else replace(fitted, scales=_representable(fitted.scales, scale_dtype))
 
 
-def _clipped_ranges(columns: Tensor, bits: int, grid: Grid, factors: tuple[float, ...]) -> Iterable[GroupGrid]:
+def _full_range(columns: Tensor, bits: int, grid: Grid) -> GroupGrid:
+    """The narrowest grid that reaches all of each row: for affine ones from its minimum to its maximum, 0 included."""
     top = 2**bits - 1
-    if grid == "midrise":
-        # the outermost levels are ±s·(2^bits − 1)/2
-        bound = columns.abs().amax(0)
-        bound = torch.where(bound == 0, 1.0, bound)
-        for factor in factors:
-            yield GroupGrid((2 * factor / top * bound)[None], None, None, bits, grid)
-        return
-    low, high = columns.amin(0).clamp(max=0), columns.amax(0).clamp(min=0)
-    empty = low == high
-    low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
-    zero_points = (-low * top / (high - low)).round()  # the same for all factors
-    for factor in factors:
-        yield GroupGrid((factor / top * (high - low))[None], zero_points, None, bits, grid)
+    low, high = columns.amin(0).clamp_(max=0), columns.amax(0).clamp_(min=0)
+    if grid == "midrise":  # the outermost levels are ±s·(2^bits − 1)/2
+        scales = 2 / top * torch.maximum(high, -low)
+    else:
+        scales = (high - low) / top
+    scales.clamp_(min=torch.finfo(scales.dtype).tiny)
+    zero_points = (-low / scales).round_().clamp_(0, top) if grid == "affine" else None
+    return GroupGrid(scales[None], zero_points, None, bits, grid)
 
 
-def _search(columns: Tensor, candidates: Iterable[GroupGrid], importance: Tensor | None, power: float) -> GroupGrid:
-    best: GroupGrid | None = None
-    best_error = columns.new_full(columns.shape[1:], float("inf"))
-    for candidate in candidates:
-        _, values = candidate.quantize(columns)
-        error = _row_error(values.sub_(columns), importance, power)
-        better = error < best_error
-        best = candidate if best is None else _choose(better, candidate, best)
-        best_error = torch.where(better, error, best_error)
-    assert best is not None
-    return best
+def _search(columns: Tensor, full: GroupGrid, factors: tuple[float, ...], weights: Tensor, power: float) -> GroupGrid:
+    """`full` with each row shrunk by the one of the falling `factors` that leaves the least error to the `power`."""
+    inputs = columns / full.scales[0]
+    position, error = torch.empty_like(inputs), torch.empty_like(inputs)
+    chosen, least = torch.ones_like(inputs[0]), torch.full_like(inputs[0], float("inf"))
+    for i, factor in enumerate(factors):
+        torch.add(full.zero, inputs, alpha=1 / factor, out=position)
+        torch.round(position, out=error).clamp_(0, 2**full.bits - 1).sub_(position)
+        total = factor**power * (weights @ _power_(error, power))
+        chosen, least = torch.where(total < least, factor, chosen), torch.minimum(total, least)
+        if i % 8 == 7:
+            # What lies outside of the range only grows: once it alone exceeds the least error, no factor is better.
+            torch.clamp(position, 0, 2**full.bits - 1, out=error).sub_(position)
+            if (factor**power * (weights @ _power_(error, power)) >= least).all():
+                break
+    return replace(full, scales=full.scales * chosen)
 
 
-def _choose(rows: Tensor, new: GroupGrid, old: GroupGrid) -> GroupGrid:
-    zero_points = old.zero_points
-    if new.zero_points is not None and old.zero_points is not None:
-        zero_points = torch.where(rows, new.zero_points, old.zero_points)
-    return replace(old, scales=torch.where(rows, new.scales, old.scales), zero_points=zero_points)
+def _power_(errors: Tensor, power: float) -> Tensor:
+    return errors.square_() if power == 2 else errors.abs_().pow_(power)
 
 
-def _row_error(difference: Tensor, importance: Tensor | None, power: float = 2.0) -> Tensor:
-    powers = difference.square() if power == 2 else difference.abs().pow(power)
-    return powers.sum(0) if importance is None else importance.to(powers.dtype) @ powers
-
-
-def _refit_rows(
-    columns: Tensor, codes: Tensor, old: GroupGrid, scale: Tensor | None, importance: Tensor | None
-) -> GroupGrid:
-    """
-    Least squares of the row parameters, given the codes `(columns, rows)`.
-
-    With `x = w/c` and weights `a_j = c_j²·h_j`, the affine pair is a weighted regression of x on q:
-    `s = Cov(q, x)/Var(q)`, `z = mean(q) − mean(x)/s`, rounded, then s again for the rounded z. A row keeps what it had
-    if the rounding makes it worse.
-    """
-    weights = torch.ones_like(columns[:, 0]) if importance is None else importance.to(columns.dtype)
-    inputs = columns
-    if scale is not None:
-        weights = weights * scale.square()
-        inputs = columns / scale[:, None]
-    if old.grid == "bitplane":
-        return replace(old, scales=_solve_planes(inputs, codes, weights, old))
-    candidates: list[Tensor | None] = [old.zero_points]
-    if old.zero_points is not None:
-        total = weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
-        mean_q, mean_x = weights @ codes / total, weights @ inputs / total
-        variance = weights @ codes.square() / total - mean_q.square()
-        slope = (weights @ (codes * inputs) / total - mean_q * mean_x) / variance.clamp(min=1e-12)
-        zero_points = (mean_q - mean_x / slope).round().clamp_(0, 2**old.bits - 1)
-        candidates.append(torch.where(slope > 0, zero_points, old.zero_points))
-    result, result_error = old, _row_error(inputs - old.levels(codes), weights)
-    for zero in candidates:
-        offset = codes - ((2**old.bits - 1) / 2 if zero is None else zero)
-        denominator = weights @ offset.square()
-        scales = (weights @ (offset * inputs) / denominator)[None]
-        new = replace(old, scales=scales, zero_points=zero)
-        error = _row_error(inputs - new.levels(codes), weights)
-        better = (error < result_error) & (scales[0] > 0)  # false where the denominator is 0
-        result, result_error = _choose(better, new, result), torch.where(better, error, result_error)
-    return result
-
-
-def _refit_columns(columns: Tensor, levels: Tensor, old: Tensor) -> Tensor:
-    """`c_j = ⟨w_j, d_j⟩/⟨d_j, d_j⟩`, where it is positive. The importance of a column cancels."""
-    scale = (columns * levels).sum(1) / levels.square().sum(1)
-    return torch.where(scale > 0, scale, old)
-
-
-def _signs(codes: Tensor, plane: int) -> Tensor:
-    """±1 of bit `plane` of float codes."""
-    return 2 * torch.remainder(torch.floor(codes / 2**plane), 2) - 1
-
-
-def _nearest_level(columns: Tensor, scales: Tensor) -> Tensor:
-    """Code of the nearest of the `2^planes` levels of each row, as floats of the shape of `columns`."""
-    best, best_distance = torch.zeros_like(columns), torch.full_like(columns, float("inf"))
-    for code in range(2 ** len(scales)):
-        level = sum(s if code >> k & 1 else -s for k, s in enumerate(scales))
-        distance = (columns - level).abs_()
-        closer = distance < best_distance
-        best.masked_fill_(closer, code)
-        best_distance = torch.where(closer, distance, best_distance)
-    return best
-
-
-def _greedy_planes(columns: Tensor, bits: int, importance: Tensor | None) -> Tensor:
+def _greedy_planes(columns: Tensor, bits: int, weights: Tensor) -> Tensor:
     """Each plane takes the weighted mean magnitude of what the planes before it left. Largest first."""
-    weights = torch.ones_like(columns[:, 0]) if importance is None else importance.to(columns.dtype)
-    weights = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
     rest, scales = columns, []
     for _ in range(bits):
-        scales.append((weights @ rest.abs()).clamp(min=torch.finfo(columns.dtype).eps))
-        rest = rest - torch.where(rest < 0, -scales[-1], scales[-1])
+        scales.append((weights @ rest.abs()).div_(weights.sum()).clamp_(min=torch.finfo(columns.dtype).tiny))
+        rest = rest - torch.copysign(scales[-1], rest)
     return torch.stack(scales)
 
 
-def _solve_planes(inputs: Tensor, codes: Tensor, weights: Tensor, old: GroupGrid) -> Tensor:
-    """Normal equations `(Σ_j a_j b_j b_jᵀ + ridge) r = Σ_j a_j b_j x_j` of each row; r < 0 turns its plane around."""
-    signs = torch.stack([_signs(codes, k) for k in range(old.bits)])  # (planes, columns, rows)
-    weighted = signs * weights[:, None]
-    normal = torch.einsum("kcr,lcr->rkl", weighted, signs)
-    normal = normal + RIDGE * weights.sum() * torch.eye(old.bits, dtype=normal.dtype, device=normal.device)
-    moments = torch.einsum("kcr,cr->rk", weighted, inputs)
-    # the ridge pulls towards the old scales, not towards zero: it cannot raise the error
-    moments = moments + RIDGE * weights.sum() * old.scales.T
-    scales = torch.linalg.solve(normal, moments[..., None])[..., 0].abs().T
-    return scales.clamp(min=torch.finfo(scales.dtype).eps)
+def _alternate_rows(columns: Tensor, fitted: GroupGrid, weights: Tensor, iterations: int) -> GroupGrid:
+    """Without column scales, rows do not see each other: one whose codes stayed as they were is done."""
+    scales = fitted.scales.clone()
+    zero_points = None if fitted.zero_points is None else fitted.zero_points.clone()
+    rows = torch.arange(columns.shape[1], device=columns.device)
+    codes = fitted.codes(columns)
+    for _ in range(iterations):
+        fitted = _refit_rows(columns, codes, fitted, weights)
+        scales[:, rows] = fitted.scales
+        if zero_points is not None and fitted.zero_points is not None:
+            zero_points[rows] = fitted.zero_points
+        old, codes = codes, fitted.codes(columns)
+        moved = old.sub_(codes).abs_().amax(0).nonzero()[:, 0]
+        if len(moved) == 0:
+            break
+        if len(moved) < len(rows) / 2:  # gathering rows costs as much as an alternation
+            rows, columns, codes = rows[moved], columns[:, moved], codes[:, moved]
+            left = None if fitted.zero_points is None else fitted.zero_points[moved]
+            fitted = replace(fitted, scales=fitted.scales[:, moved], zero_points=left)
+    return replace(fitted, scales=scales, zero_points=zero_points)
+
+
+def _alternate_columns(
+    columns: Tensor, fitted: GroupGrid, scale: Tensor, weights: Tensor, iterations: int
+) -> GroupGrid:
+    """With `x = w/c`, the error is `Σ_ij c_j²·h_j·(x_ij − level_ij)²`."""
+    for _ in range(iterations):
+        inputs = columns / scale[:, None]
+        fitted = _refit_rows(inputs, fitted.codes(inputs), fitted, weights * scale.square())
+        levels = fitted.levels(fitted.codes(inputs))
+        # c_j = ⟨w_j, d_j⟩/⟨d_j, d_j⟩, where it is positive; the importance of a column cancels
+        best = (columns * levels).sum(1) / levels.square_().sum(1)
+        scale = torch.where(best > 0, best, scale)
+    # (c, s) and (αc, s/α) are the same codebook: keep c near 1, and half-precision scales in their range.
+    gauge = scale.log().mean().exp()
+    return replace(fitted, scales=fitted.scales * gauge, column_scale=scale / gauge)
+
+
+def _refit_rows(inputs: Tensor, codes: Tensor, old: GroupGrid, weights: Tensor) -> GroupGrid:
+    """Least squares of the row parameters, given the codes `(columns, rows)`."""
+    if old.grid == "bitplane":
+        return replace(old, scales=_solve_planes(inputs, codes, weights, old.scales))
+    # With offsets o = q − z and errors e = x − s·o, the pair (s + α, z − β/(s + α)) has the error e − α·o − β.
+    scales, offsets = old.scales[0], codes - old.zero
+    errors = torch.addcmul(inputs, scales, offsets, value=-1)
+    total, o, e = weights.sum(), weights @ offsets, weights @ errors
+    oe, oo = weights @ errors.mul_(offsets), weights @ offsets.square_()
+
+    def refit(moved: Tensor | float) -> tuple[Tensor, Tensor]:
+        """The best scales once zero points moved down by `moved`, and how much they lower the error."""
+        best = (oe + scales * oo + moved * (e + scales * o)) / (oo + 2 * moved * o + moved * moved * total)
+        alpha, beta = best - scales, best * moved
+        gain = alpha * (2 * oe - alpha * oo - 2 * beta * o) + beta * (2 * e - beta * total)
+        return best, torch.where(best > 0, gain, -1.0)  # it is NaN where the denominator is 0
+
+    new_scales, gain = refit(0.0)
+    new = replace(old, scales=torch.where(gain > 0, new_scales, scales)[None])
+    if old.zero_points is None:
+        return new
+    # Both at once is a regression; its zero point is rounded, and a row that loses by the rounding keeps the old one.
+    determinant = oo * total - o * o
+    slope = scales + (total * oe - o * e) / determinant
+    zero_points = (old.zero_points - (oo * e - o * oe) / determinant / slope).round_().clamp_(0, 2**old.bits - 1)
+    zero_points = torch.where(slope > 0, zero_points, old.zero_points)
+    moved_scales, moved_gain = refit(old.zero_points - zero_points)
+    better = moved_gain > gain.clamp(min=0)
+    return replace(
+        new,
+        scales=torch.where(better, moved_scales, new.scales),
+        zero_points=torch.where(better, zero_points, old.zero_points),
+    )
+
+
+def _solve_planes(inputs: Tensor, codes: Tensor, weights: Tensor, old: Tensor) -> Tensor:
+    """
+    Normal equations `(Σ_j a_j b_j b_jᵀ + ridge) r = Σ_j a_j b_j x_j + ridge·r_old` of each row `(planes, rows)`.
+
+    The ridge pulls towards the old scales, not towards 0, so that it cannot raise the error. r < 0 turns its plane
+    around.
+    """
+    signs, total = _signs(codes, len(old)), weights.sum()
+    ridge = RIDGE * total
+    right = [weights @ (inputs * sign) + ridge * r for sign, r in zip(signs, old, strict=True)]
+    # Elimination over the planes, for all rows at once: the matrices are too small for LAPACK to be quick.
+    normal = [[weights @ (a * b) if a is not b else total + ridge for b in signs] for a in signs]
+    planes = range(len(signs))
+    for k in planes:
+        for i in planes[k + 1 :]:
+            share = normal[i][k] / normal[k][k]
+            normal[i] = [a - share * b for a, b in zip(normal[i], normal[k], strict=True)]
+            right[i] = right[i] - share * right[k]
+    for k in reversed(planes):
+        known = sum(normal[k][i] * right[i] for i in planes[k + 1 :])
+        right[k] = (right[k] - known) / normal[k][k]
+    return torch.stack(right).abs_().clamp_(min=torch.finfo(old.dtype).tiny)
+
+
+def _signs(codes: Tensor, bits: int) -> list[Tensor]:
+    """±1 for each bit of float codes, the lowest first: `2·q − (2^bits − 1) = Σ_k 2^k·sign_k`."""
+    rest, signs = 2 * codes - (2**bits - 1), []
+    for k in reversed(range(bits)):
+        signs.append(rest.sign())
+        rest.sub_(signs[-1], alpha=2**k)
+    return signs[::-1]
+
+
+def _representable(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scales` rounded to `dtype`, in the dtype they have; none becomes 0, subnormal in float32, or infinite."""
+    info = torch.finfo(dtype)
+    smallest = max(info.smallest_normal * info.eps, torch.finfo(scales.dtype).tiny)  # subnormals are better than 0
+    return scales.clamp(smallest, info.max).to(dtype).to(scales.dtype)

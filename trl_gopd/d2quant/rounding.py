@@ -67,7 +67,8 @@ def round_weight(
         weight (`torch.Tensor`):
             `(out_features, in_features)`, any float dtype.
         hessian (`torch.Tensor`, *optional*):
-            float32 `(in_features, in_features)`, H. A column whose diagonal is 0 was never used; its weights become 0.
+            float32 `(in_features, in_features)`, H. A column whose diagonal is 0 was never used; its weights are taken
+            to be 0.
         asymmetry (`torch.Tensor`, *optional*):
             float32 `(in_features, in_features)`, D.
         bits (`int`), group_size (`int`), grid (`str`):
@@ -92,29 +93,27 @@ def round_weight(
             What scales will be stored in; they are rounded before any weight is.
 
     Returns:
-        [`RoundingResult`]
+        [`RoundingResult`]: codes, group parameters and column scales.
+
+    Raises:
+        ValueError: If the damped H is not positive definite.
     """
     rows, columns = weight.shape
     groups = torch.arange(columns, device=weight.device).split(group_size)
-    current = weight.T.to(torch.float32, copy=True)  # (columns, rows): a column is contiguous
-    diagonal = sweep = None
+    if hessian is not None and act_group_aware:
+        groups = _order(groups, hessian.diagonal())
+    order = torch.cat(groups)
+    current = weight.float().T.contiguous()[order]  # (columns, rows): a column is contiguous
+    importance = sweep = None
     if hessian is not None:
-        diagonal = hessian.diagonal().float()
-        dead = diagonal == 0
-        current[dead] = 0
-        if act_group_aware:
-            groups = _order(groups, diagonal)
-        order = torch.cat(list(groups))
-        factor = inverse_factor(hessian[order][:, order], damp_percent)
-        shift = None
-        if asymmetry is not None:
-            shift = alpha * torch.triu(asymmetry[order][:, order] @ factor.T, diagonal=1) @ factor
-        current = current[order]
-        sweep = (factor, shift)
+        current[hessian.diagonal()[order] == 0] = 0
+        importance = hessian.diagonal()[order] if hessian_weights else None
+        deviation = None if asymmetry is None else alpha * asymmetry[order][:, order]
+        sweep = inverse_factor(hessian[order][:, order], damp_percent), deviation
 
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
-    grids: dict[int, GroupGrid] = {}
     scale = torch.empty(columns, device=weight.device) if column_scale else None
+    fits: dict[int, GroupGrid] = {}
     start = 0
     for group in groups:
         stop = start + len(group)
@@ -122,7 +121,7 @@ def round_weight(
             current[start:stop],
             bits=bits,
             grid=grid,
-            importance=diagonal[group] if hessian_weights and diagonal is not None else None,
+            importance=None if importance is None else importance[start:stop],
             column_scale=column_scale,
             iterations=iterations,
             clip=clip,
@@ -135,19 +134,15 @@ def round_weight(
             codes[group] = _sweep_group(current, fitted, start, stop, *sweep)
         if scale is not None and fitted.column_scale is not None:
             scale[group] = fitted.column_scale
-        grids[int(group.min()) // group_size] = fitted
+        fits[int(group[0]) // group_size] = fitted
         start = stop
 
-    fits = [grids[i] for i in range(len(grids))]
-    zero_points = None
-    if grid == "affine":
-        zero_points = torch.stack([fit.zero_points for fit in fits if fit.zero_points is not None], dim=-1).to(
-            torch.uint8
-        )
+    by_index = [fits[i] for i in range(len(fits))]
+    zero_points = [fit.zero_points for fit in by_index if fit.zero_points is not None]
     quantized = QuantizedWeight(
         codes=codes.T.contiguous(),
-        scales=torch.stack([fit.scales for fit in fits], dim=-1),
-        zero_points=zero_points,
+        scales=torch.stack([fit.scales for fit in by_index], dim=-1),
+        zero_points=torch.stack(zero_points, dim=-1).to(torch.uint8) if zero_points else None,
         bits=bits,
         group_size=group_size,
         grid=grid,
@@ -159,7 +154,8 @@ def inverse_factor(hessian: Tensor, damp_percent: float) -> Tensor:
     """
     Upper triangular U with `H⁻¹ = Uᵀ U`, H damped by `damp_percent` of the mean of its diagonal.
 
-    Row i of U holds how the error of column i is spread over the columns after it once those before it are frozen.
+    Row i of U, over U_ii, is how the error of column i is spread over the columns after it once those before it are
+    frozen.
 
     Args:
         hessian (`torch.Tensor`): float32 `(in_features, in_features)`, not modified.
@@ -167,15 +163,24 @@ def inverse_factor(hessian: Tensor, damp_percent: float) -> Tensor:
 
     Returns:
         `torch.Tensor`: of the shape and dtype of `hessian`.
+
+    Raises:
+        ValueError: If the damped H is not positive definite.
     """
+    diagonal = hessian.diagonal()
+    damped_diagonal = diagonal + damp_percent * diagonal.mean()
     damped = hessian.clone()
-    diagonal = damped.diagonal()
-    diagonal += damp_percent * diagonal.mean()
-    diagonal[diagonal == 0] = 1
-    # H = L Lᵀ with rows and columns reversed gives H = V Vᵀ, V upper triangular; then U = V⁻¹ᵀ is lower … so U is
-    # taken from the inverse itself, as usual.
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
+    damped.diagonal().copy_(torch.where(damped_diagonal == 0, 1, damped_diagonal))
+    # With both axes reversed, H = L Lᵀ reads H = V Vᵀ, V upper triangular, so that U = V⁻¹. This spares H⁻¹ itself,
+    # whose second factorization may fail by rounding.
+    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    if failed:
+        raise ValueError(
+            f"The Hessian of {len(hessian)} columns is not positive definite with `damp_percent={damp_percent}`. "
+            "Raise it, or calibrate on more tokens."
+        )
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
 
 
 def _order(groups: tuple[Tensor, ...], diagonal: Tensor) -> tuple[Tensor, ...]:
@@ -184,33 +189,36 @@ def _order(groups: tuple[Tensor, ...], diagonal: Tensor) -> tuple[Tensor, ...]:
 
 
 def _sweep_group(
-    current: Tensor, fitted: GroupGrid, start: int, stop: int, factor: Tensor, shift: Tensor | None
+    current: Tensor, fitted: GroupGrid, start: int, stop: int, factor: Tensor, deviation: Tensor | None
 ) -> Tensor:
     """
     Quantizes columns `start:stop` of `current` `(columns, rows)` one by one, and updates the columns after each.
 
                 start   lazy block    stop
-        frozen    |  i → → → | → → → → | → → → → later groups
-                         inside the block: at once; to the right of it: once a block, in one product
+        frozen    |  · · · i | → → → → | → → → → later groups
+                     inside the block: when its turn comes; to the right of it: once a block, in one product
+
+    A column of `current` keeps what it was when its turn came, the value that GPTAQ's shift needs.
     """
     codes = torch.empty(stop - start, current.shape[1], dtype=torch.uint8, device=current.device)
     scale = fitted.column_scale
     for left in range(start, stop, LAZY_COLUMNS):
         right = min(left + LAZY_COLUMNS, stop)
-        errors = torch.empty_like(current[left:right])
-        values = torch.empty_like(errors) if shift is not None else None
-        for i in range(left, right):
-            column = current[i]
-            code, value = fitted.quantize(column, None if scale is None else scale[i - start])
-            codes[i - start] = code
-            errors[i - left] = (column - value) / factor[i, i]
-            rest = current[i + 1 : right]
-            if values is not None and shift is not None:
-                values[i - left] = column
-                rest.addr_(shift[i, i + 1 : right], column)
-            rest.addr_(factor[i, i + 1 : right], errors[i - left], alpha=-1)
-        later = current[right:]
-        later.addmm_(factor[left:right, right:].T, errors, alpha=-1)
-        if values is not None and shift is not None:
-            later.addmm_(shift[left:right, right:].T, values)
+        block, later, errors = current[left:right], current[right:], torch.empty_like(current[left:right])
+        spread = factor[left:right, left:] / factor.diagonal()[left:right, None]
+        shift = None
+        if deviation is not None:
+            # row i: w_i's deviation D[i, >i], fitted by the columns after it: D[i, >i] H_{>i,>i}⁻¹
+            rest = factor[left:, left:]
+            shift = torch.triu(deviation[left:right, left:] @ rest.T, diagonal=1) @ rest
+        for i, column in enumerate(block):
+            column.addmv_(errors[:i].T, spread[:i, i], alpha=-1)
+            if shift is not None:
+                column.addmv_(block[:i].T, shift[:i, i])
+            code, value = fitted.quantize(column, None if scale is None else scale[left - start + i])
+            codes[left - start + i] = code
+            torch.sub(column, value, out=errors[i])
+        later.addmm_(spread[:, len(block) :].T, errors, alpha=-1)
+        if shift is not None:
+            later.addmm_(shift[:, len(block) :].T, block)
     return codes
