@@ -6,6 +6,8 @@ import sys
 
 COMMANDS = {
     "train": "distil a teacher into a student with GOPDTrainer",
+    "quantize": "bring a model to 2, 3 or 4 bits with D2Quant",
+    "evaluate": "measure a model, quantized or not, on a text and against another",
     "demo": "see the method work on this machine, without a hub",
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 
 def check_windows(windows: Tensor, model: PreTrainedModel) -> None:
@@ -66,6 +67,14 @@ def logits_in_chunks(model: PreTrainedModel, input_ids: Tensor, chunk_size: int)
         with _answering(model, type(output)(last_hidden_state=hidden[part].unsqueeze(0))):
             logits = model(input_ids=ids[part].unsqueeze(0), use_cache=False).logits
         yield logits[0].float()
+
+
+def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits `(B, T, V)` of the backbone's last hidden states `(B, T, hidden_size)`; gradients reach them."""
+    ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    # of all outputs of a backbone the one with most fields: a mixture of experts also looks for router logits
+    with _answering(model, MoeModelOutputWithPast(last_hidden_state=hidden)):
+        return model(input_ids=ids, use_cache=False).logits
 
 
 @contextmanager

@@ -1,0 +1,333 @@
+"""
+Laws of the block loop:
+
+- its streams are the model's own: what it hands from block to block is what the packed model computes;
+- a column scale that is absorbed, and a mean shift that is folded into biases, compute what they would if explicit;
+- an interrupted run, taken up again after any block, ends in the same bytes;
+- what cannot be quantized is refused before a weight changes.
+"""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, OPTConfig, OPTForCausalLM
+
+from tests.tiny import build_model
+from trl_gopd.d2quant import pipeline
+from trl_gopd.d2quant.config import D2QuantConfig
+from trl_gopd.d2quant.linear import D2QuantLinear
+from trl_gopd.d2quant.pipeline import Report, quantize_model
+
+
+EPS = torch.finfo(torch.float32).eps
+TOKENS = torch.randint(0, 200, (6, 32), generator=torch.Generator().manual_seed(0))
+# as `calibration_windows` draws them, six of six with seed 0
+WINDOWS = TOKENS[torch.randperm(6, generator=torch.Generator().manual_seed(0))]
+
+
+def config(**settings):
+    return D2QuantConfig(
+        **{"bits": 2, "group_size": 16, "iterations": 3, "dataset": TOKENS, "num_samples": 6, "seq_length": 32}
+        | settings
+    )
+
+
+@pytest.fixture
+def model(tokenizer):
+    return build_model(tokenizer, seed=1)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(WINDOWS, use_cache=False).logits
+
+
+def packed(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, D2QuantLinear)}
+
+
+class TestQuantizeModel:
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            {"bits": 3, "group_size": 12},
+            {"grid": "midrise", "column_scale": True, "mean_shift": True},
+            {"grid": "affine", "down_grid": "bitplane", "column_scale": True},
+            {"rounding": "gptq", "rotation": "full"},
+            {"rounding": "rtn", "clip": False, "iterations": 0},
+        ],
+    )
+    def test_streams_are_those_of_the_models(self, model, tmp_path, settings):
+        before = logits(model)
+        quantize_model(model, None, config(work_dir=str(tmp_path), **settings))
+        streams = load_file(tmp_path / "streams.safetensors")
+
+        def read_out(hidden):
+            with torch.no_grad():
+                return model.lm_head(model.model.norm(hidden))
+
+        assert len(packed(model)) == 14
+        # A batch of six and six of one row differ by the order of sums, and the rotation by its rounding.
+        torch.testing.assert_close(read_out(streams["quantized"]), logits(model), rtol=0, atol=1e-4)
+        torch.testing.assert_close(read_out(streams["full"]), before, rtol=0, atol=1e-4)
+
+    def test_more_bits_come_closer(self, model, tokenizer):
+        before = logits(model)
+        errors = []
+        for bits in (2, 3, 4, 8):
+            quantized = build_model(tokenizer, seed=1)
+            quantize_model(quantized, None, config(bits=bits))
+            errors.append((logits(quantized) - before).square().mean().item())
+        assert errors == sorted(errors, reverse=True)
+        assert errors[-1] < 1e-3 * errors[0]  # six bits more: 2^-12 of the energy, by the rule of 6 dB a bit
+
+    def test_compensated_rounding_loses_less_than_rounding_to_nearest(self, model):
+        report = quantize_model(model, None, config())
+        assert [entry.name for entry in report.linears] == [
+            f"model.layers.{block}.{name}"
+            for block in range(2)
+            for name in (
+                *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+                *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+            )
+        ]
+        assert all(entry.error < entry.nearest_error for entry in report.linears)
+
+    def test_absorbed_column_scale_equals_an_explicit_one(self, model, tokenizer, monkeypatch):
+        settings = {"column_scale": True, "scale_dtype": "float32"}
+        explicit = build_model(tokenizer, seed=1)
+        quantize_model(model, None, config(**settings))
+        absorb = pipeline._Run._absorb
+
+        def keep(self, block, consumer, scale, results, input_scales):
+            input_scales[consumer] = scale
+
+        monkeypatch.setattr(pipeline._Run, "_absorb", keep)
+        quantize_model(explicit, None, config(**settings))
+        assert absorb is not keep
+        scales = [module.input_scale for module in packed(explicit).values() if module.input_scale is not None]
+        assert len(scales) == 2
+        assert all(scale.std() > 0.01 for scale in scales)
+        assert all(module.input_scale is None for module in packed(model).values())
+        torch.testing.assert_close(logits(model), logits(explicit), rtol=0, atol=1e-4)
+
+    def test_folded_mean_shift_equals_an_explicit_one(self, model, monkeypatch):
+        shifts = []
+        compute = pipeline.mean_shift
+        monkeypatch.setattr(
+            pipeline, "mean_shift", lambda *args, **kwargs: shifts.append(compute(*args, **kwargs)) or shifts[-1]
+        )
+        report = quantize_model(model, None, config(mean_shift=True))
+        folded = logits(model)
+        assert len(shifts) == 2
+        assert all(0 < explained < 1 for explained in report.shift_explained.values())
+        for block, shift in zip(model.model.layers, shifts, strict=True):
+            block.post_attention_layernorm.register_forward_hook(lambda *a, shift=shift: a[2] + shift.float())
+            for linear in (block.mlp.gate_proj, block.mlp.up_proj):
+                assert linear.bias.abs().max() > 0
+                linear.bias = None
+        torch.testing.assert_close(logits(model), folded, rtol=0, atol=1e-4)
+
+    def test_linears_can_be_left_as_they_are(self, model):
+        weight = model.model.layers[0].mlp.down_proj.weight.clone()
+        quantize_model(model, None, config(modules_to_not_convert=["down_proj", "layers.1.self_attn.q_proj"]))
+        assert torch.equal(model.model.layers[0].mlp.down_proj.weight, weight)
+        assert len(packed(model)) == 14 - 3
+
+    def test_column_scale_without_an_exact_place_scales_the_input(self):
+        torch.manual_seed(0)
+        model = OPTForCausalLM(
+            OPTConfig(
+                vocab_size=256,
+                hidden_size=32,
+                ffn_dim=64,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=64,
+                word_embed_proj_dim=32,
+                activation_function="gelu",
+                init_std=0.1,
+            )
+        ).eval()
+        report = quantize_model(model, None, config(column_scale=True))
+        assert [name for name, m in packed(model).items() if m.input_scale is not None] == [
+            "model.decoder.layers.0.fc2"
+        ]
+        assert any("scales its input" in note for note in report.notes)
+
+    def test_tied_embeddings_stay_tied(self, tokenizer):
+        model = build_model(tokenizer, seed=1, tie_word_embeddings=True)
+        quantize_model(model, None, config())
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+    def test_bfloat16_stays(self, model):
+        model.to(torch.bfloat16)
+        quantize_model(model, None, config(mean_shift=True))
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.int32, torch.float16}
+        assert logits(model).isfinite().all()
+
+    def test_base_model(self):
+        torch.manual_seed(0)
+        llama = LlamaModel(
+            LlamaConfig(
+                vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+            )
+        ).eval()
+        report = quantize_model(llama, None, config(tune_epochs=2))
+        assert len(packed(llama)) == 7
+        assert report.tuning_kl[-1] < report.tuning_kl[0]
+
+    def test_modes_and_gradients_are_given_back(self, model):
+        model.train()
+        model.model.norm.eval()
+        quantize_model(model, None, config(tune_epochs=1))
+        assert [name for name, module in model.named_modules() if not module.training] == ["model.norm"]
+        assert model.model.norm.weight.requires_grad
+        assert not any(p.requires_grad for module in packed(model).values() for p in module.parameters())
+
+
+class TestReport:
+    def test_round_trips_as_json(self, model, tmp_path):
+        report = quantize_model(model, None, config(mean_shift=True))
+        report.save(tmp_path / "report.json")
+        read = json.loads((tmp_path / "report.json").read_text())
+        assert read == json.loads(json.dumps(asdict(report)))
+        assert read["config"]["bits"] == 2
+        assert read["seconds"] > 0
+
+    def test_is_drawn(self, model, tmp_path):
+        quantize_model(model, None, config()).save(tmp_path / "report.png")
+        assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+        assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
+
+    def test_failed_write_leaves_nothing(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(pipeline.json, "dumps", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            Report(config={}).save(tmp_path / "report.json")
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestResume:
+    SETTINGS = {"column_scale": True, "mean_shift": True, "rotation": "group"}
+
+    @pytest.mark.parametrize("done", [0, 1, 2])
+    def test_after_any_block_ends_in_the_same_bytes(self, model, tokenizer, tmp_path, monkeypatch, done):
+        whole = quantize_model(model, None, config(**self.SETTINGS))
+        quantize = pipeline._Run.quantize_block
+        calls = []
+
+        def killed(self, block):
+            if len(calls) == done:
+                raise KeyboardInterrupt
+            calls.append(block.name)
+            quantize(self, block)
+
+        interrupted = build_model(tokenizer, seed=1)
+        monkeypatch.setattr(pipeline._Run, "quantize_block", killed)
+        settings = config(work_dir=str(tmp_path), **self.SETTINGS)
+        if done < 2:
+            with pytest.raises(KeyboardInterrupt):
+                quantize_model(interrupted, None, settings)
+        else:
+            quantize_model(interrupted, None, settings)
+        assert len(calls) == done
+
+        monkeypatch.setattr(
+            pipeline._Run, "quantize_block", lambda self, block: calls.append(block.name) or quantize(self, block)
+        )
+        resumed = build_model(tokenizer, seed=1)
+        report = quantize_model(resumed, None, settings)
+        assert calls == ["model.layers.0", "model.layers.1"]
+        expected = model.state_dict()
+        assert resumed.state_dict().keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in resumed.state_dict().items())
+        assert [(e.name, e.error) for e in report.linears] == [(e.name, e.error) for e in whole.linears]
+        assert report.shift_explained == whole.shift_explained
+
+    @pytest.mark.parametrize("change", ["weights", "tokens", "settings"])
+    def test_other_run_is_refused(self, model, tokenizer, tmp_path, change):
+        quantize_model(model, None, config(work_dir=str(tmp_path)))
+        again = build_model(tokenizer, seed=2 if change == "weights" else 1)
+        other = {"seed": 1} if change == "tokens" else {"alpha": 0.5} if change == "settings" else {}
+        with pytest.raises(ValueError, match=r"belongs to a run with other weights.*Delete"):
+            quantize_model(again, None, config(work_dir=str(tmp_path), **other))
+        assert not packed(again)
+
+    def test_tuning_may_be_changed(self, model, tokenizer, tmp_path, monkeypatch):
+        quantize_model(model, None, config(work_dir=str(tmp_path)))
+        monkeypatch.setattr(pipeline._Run, "quantize_block", None)
+        report = quantize_model(build_model(tokenizer, seed=1), None, config(work_dir=str(tmp_path), tune_epochs=1))
+        assert len(report.tuning_kl) == 1
+
+    def test_torn_file_is_named(self, model, tokenizer, tmp_path):
+        quantize_model(model, None, config(work_dir=str(tmp_path)))
+        file = tmp_path / "block-0001.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(ValueError, match=r"block-0001.safetensors, which cannot be read.*Delete"):
+            quantize_model(build_model(tokenizer, seed=1), None, config(work_dir=str(tmp_path)))
+
+
+class TestBadInput:
+    def test_quantized_already(self, model):
+        quantize_model(model, None, config())
+        with pytest.raises(ValueError, match=r"it is quantized already.*dequantize"):
+            quantize_model(model, None, config())
+
+    def test_meta(self, model):
+        with pytest.raises(ValueError, match="on the meta device.*Load it"):
+            quantize_model(model.to("meta"), None, config())
+
+    def test_not_a_model(self):
+        with pytest.raises(TypeError, match="PreTrainedModel"):
+            quantize_model(nn.Linear(2, 2), None, config())
+
+    def test_group_wider_than_a_linear(self, model):
+        with pytest.raises(
+            ValueError, match=r"got 48 and `model.layers.0.self_attn.q_proj` with 32 inputs.*32 or less"
+        ):
+            quantize_model(model, None, config(group_size=48))
+        assert not packed(model)
+
+    def test_nothing_left_to_quantize(self, model):
+        names = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+        with pytest.raises(ValueError, match=r"'down_proj'.*leaves no linear layer"):
+            quantize_model(model, None, config(modules_to_not_convert=names))
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_weight_that_is_not_finite(self, model, value):
+        model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
+        with pytest.raises(ValueError, match=r"`model.layers.1.mlp.up_proj` holds NaN or infinity"):
+            quantize_model(model, None, config())
+        assert not packed(model)
+
+    def test_activation_that_is_not_finite(self, model):
+        model.model.layers[1].input_layernorm.weight.data[0] = float("nan")
+        with pytest.raises(ValueError, match=r"inputs of `model.layers.1.self_attn.q_proj` are not finite"):
+            quantize_model(model, None, config())
+
+    def test_id_that_the_model_has_not(self, model):
+        with pytest.raises(ValueError, match=r"from 0 to 258.*got 300"):
+            quantize_model(model, None, config(dataset=torch.full((6, 32), 300)))
+
+    def test_too_few_tokens(self, model):
+        with pytest.raises(ValueError, match="7"):
+            quantize_model(model, None, config(num_samples=7))
+
+    def test_no_tokenizer(self, model):
+        with pytest.raises(TypeError, match="needs a `tokenizer`, got None"):
+            quantize_model(model, None, config(dataset=["words"]))
+
+
+@pytest.mark.slow
+def test_smollm2_loses_less_than_rounding_to_nearest():
+    from trl_gopd.demo.smollm2 import smollm2_path
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2_path(), num_hidden_layers=3)
+    report = quantize_model(model, smollm2_path(), D2QuantConfig(bits=2, num_samples=4))
+    assert len(report.linears) == 21
+    assert all(entry.error < 0.5 * entry.nearest_error for entry in report.linears)

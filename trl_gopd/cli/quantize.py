@@ -1,0 +1,93 @@
+"""`trl-gopd quantize`: a model in full precision in, a folder of two, three or four bits out."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PRESETS = ("default", "paper", "release")
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}; try alpha=0.5 or grid=midrise")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value  # a word need not be quoted
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of the sub-command."""
+    parser = argparse.ArgumentParser("trl-gopd quantize", description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help="folder or name of the model")
+    parser.add_argument("-o", "--output-dir", metavar="DIR", type=Path, required=True, help="folder to write")
+    parser.add_argument("--preset", choices=PRESETS, default="default", help="where settings start from (default)")
+    parser.add_argument("--bits", type=int, default=2, help="2, 3, 4 or 8 (2)")
+    parser.add_argument("--group-size", metavar="N", type=int, help="columns that share a scale")
+    parser.add_argument("--dataset", help="calibration text: a file, or wikitext2 (default: an embedded one)")
+    parser.add_argument("--num-samples", metavar="N", type=int, help="calibration windows")
+    parser.add_argument("--seq-length", metavar="N", type=int, help="tokens in a window")
+    parser.add_argument("--seed", metavar="N", type=int, help="of the choice of windows")
+    parser.add_argument("--work-dir", metavar="DIR", help="keeps finished blocks, so that a run can be taken up again")
+    parser.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        type=_setting,
+        action="append",
+        default=[],
+        help="any other field of D2QuantConfig, such as alpha=0.5; may be repeated",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of what is not quantized (as saved)")
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where there is one)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="where the report goes, for machines")
+    parser.add_argument("--figure", metavar="FILE", type=Path, help="where its figure goes: .png, .svg or .pdf")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Checks what can be checked without a model, quantizes, and saves."""
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    for option, path in (("--output-dir", args.output_dir), ("--json", args.json), ("--figure", args.figure)):
+        if path and not path.absolute().parent.is_dir():
+            parser.error(f"{option} {path}: the folder {path.parent} does not exist; make it or name another")
+    if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
+        parser.error(f"--output-dir {args.output_dir}: is there already and not empty; remove it or name another")
+
+    # Seconds of imports come after the mistakes that need none.
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trl_gopd.d2quant.hf_quantizer import save_quantized
+    from trl_gopd.d2quant.pipeline import quantize_model
+    from trl_gopd.evaluation import storage
+
+    config = _config(parser, args)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map=device)
+    report = quantize_model(model, tokenizer, config)
+    save_quantized(model, args.output_dir, tokenizer=tokenizer)
+    for path in filter(None, (args.json, args.figure)):
+        report.save(path)
+    for note in report.notes:
+        print(note)
+    size = storage(model, args.output_dir)
+    print(f"{report.seconds:.0f} s; {size.bits_per_weight:.3f} bits a weight; wrote {args.output_dir}")
+    return 0
+
+
+def _config(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    from trl_gopd.d2quant.config import D2QuantConfig
+
+    names = ("group_size", "dataset", "num_samples", "seq_length", "seed", "work_dir")
+    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    build = D2QuantConfig if args.preset == "default" else getattr(D2QuantConfig, args.preset)
+    try:
+        return build(bits=args.bits, **{**settings, **dict(args.set)})
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))

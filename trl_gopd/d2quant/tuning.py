@@ -1,0 +1,153 @@
+"""
+Tuning what a quantized model can still move for free: scales, norms and biases, all blocks at once.
+
+Rounding block by block aims at each block's output. What counts is the distribution of the next token, so once all
+codes are fixed, the continuous parameters are trained on
+
+    KL(p_full ‖ p_quantized), mean over the calibration tokens,
+
+by Adam. This holds everything that an absorbed column scale (DSQ) and a folded shift (DAC) can do: the first is a
+scaling of the rows of `up_proj`, the second a bias. Nothing is stored that was not stored before, and codes stay.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from trl_gopd.d2quant.linear import D2QuantLinear
+from trl_gopd.d2quant.topology import Topology
+from trl_gopd.evaluation.logits import head_logits
+
+
+if TYPE_CHECKING:
+    from trl_gopd.d2quant.config import D2QuantConfig
+    from trl_gopd.d2quant.pipeline import BlockCalls
+
+# Tokens whose logits exist at a time.
+CHUNK = 128
+BETAS = (0.9, 0.95)
+WARMUP_STEPS = 4
+
+
+def tune(
+    model: PreTrainedModel,
+    topology: Topology,
+    calls: "BlockCalls",
+    *,
+    starts: list[Tensor],
+    full: list[Tensor],
+    config: "D2QuantConfig",
+) -> list[float]:
+    """
+    Tunes a quantized model in place, a window a step; a block's activations are recomputed in its backward pass.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Quantized; its head and final norm are those of the full-precision model, and stay as they are.
+        topology ([`Topology`]), calls ([`BlockCalls`]):
+            Of the model.
+        starts (`list[torch.Tensor]`), full (`list[torch.Tensor]`):
+            Hidden states `(1, tokens, hidden_size)` of each window: before the first block, and after the last one of
+            the full-precision model.
+        config ([`D2QuantConfig`]):
+            `tune_epochs`, `tune_learning_rate` and `seed` are used.
+
+    Returns:
+        `list[float]`: mean loss of each epoch. Nats a token; for a model without a head the squared error of the final
+        hidden states, relative to their mean square.
+    """
+    stored = {m: m.weight_scale.dtype for m in model.modules() if isinstance(m, D2QuantLinear)}
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for module in stored:
+        module.weight_scale = nn.Parameter(module.weight_scale.float(), requires_grad=False)
+    try:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            return _train(model, topology, calls, starts, full, config)
+    finally:
+        for module, dtype in stored.items():
+            module.weight_scale = nn.Parameter(module.weight_scale.detach().to(dtype), requires_grad=False)
+        for parameter, value in required.items():
+            parameter.requires_grad_(value)
+
+
+def _train(
+    model: PreTrainedModel,
+    topology: Topology,
+    calls: "BlockCalls",
+    starts: list[Tensor],
+    full: list[Tensor],
+    config: "D2QuantConfig",
+) -> list[float]:
+    tuned = list(_tuned_parameters(topology))
+    masters = [parameter.detach().float().clone() for parameter in tuned]
+    groups = [{"params": [master], "size": float(master.abs().mean())} for master in masters]
+    optimizer = torch.optim.Adam(groups, lr=0.0, betas=BETAS)
+    generator = torch.Generator().manual_seed(config.seed)
+    steps = config.tune_epochs * len(starts)
+    losses: list[float] = []
+    for parameter in tuned:
+        parameter.requires_grad_(True)
+    with tqdm(total=steps, desc="Tuning", unit="step", disable=None) as bar:
+        for _ in range(config.tune_epochs):
+            total = 0.0
+            for index in torch.randperm(len(starts), generator=generator).tolist():
+                total += _backward(model, topology, calls, starts[index], full[index])
+                rate = config.tune_learning_rate * min(1.0, (bar.n + 1) / WARMUP_STEPS)
+                rate *= 0.5 * (1 + math.cos(math.pi * bar.n / steps))
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * group["size"]
+                for parameter, master in zip(tuned, masters, strict=True):
+                    master.grad = None if parameter.grad is None else parameter.grad.float()
+                    parameter.grad = None
+                optimizer.step()
+                for parameter, master in zip(tuned, masters, strict=True):
+                    parameter.data.copy_(master)
+                bar.update()
+            losses.append(total / len(starts))
+            bar.set_postfix(kl=f"{losses[-1]:.4f}")
+    return losses
+
+
+def _tuned_parameters(topology: Topology):
+    """Floating-point parameters of the blocks that are one number a row or a channel: no dense matrix among them."""
+    for block in topology.blocks:
+        for module in block.module.modules():
+            if isinstance(module, D2QuantLinear):
+                yield module.weight_scale
+                if module.bias is not None:
+                    yield module.bias
+            else:
+                yield from (p for p in module.parameters(recurse=False) if p.dim() == 1 and p.is_floating_point())
+
+
+def _backward(model: PreTrainedModel, topology: Topology, calls: "BlockCalls", start: Tensor, full: Tensor) -> float:
+    """Adds the gradients of one window's mean loss; returns the loss."""
+    hidden = start.to(model.device).requires_grad_(True)  # so that a reentrant checkpoint would have a gradient too
+    for block in topology.blocks:
+        hidden = checkpoint(calls.run, block, hidden, use_reentrant=False)
+    final_norm = nn.Identity() if topology.final_norm is None else model.get_submodule(topology.final_norm)
+    output = final_norm(hidden)
+    with torch.no_grad():
+        target = final_norm(full.to(hidden.device))
+    leaf = output.detach().requires_grad_(True)
+    loss = 0.0
+    for part, target_part in zip(leaf.split(CHUNK, dim=1), target.split(CHUNK, dim=1), strict=True):
+        if topology.lm_head is None:
+            chunk_loss = (part.float() - target_part.float()).square().sum() / target.float().square().sum()
+        else:
+            with torch.no_grad():
+                expected = head_logits(model, target_part).float().log_softmax(-1)
+            given = head_logits(model, part).float().log_softmax(-1)
+            chunk_loss = F.kl_div(given, expected, log_target=True, reduction="sum") / leaf.shape[1]
+        chunk_loss.backward()
+        loss += float(chunk_loss.detach())
+    output.backward(leaf.grad)
+    return loss
