@@ -85,6 +85,7 @@ class TestMeanShift:
         assert mean_shift(of(0.5, 0.0, 1), shrink=True) == 0.5  # a constant is known from one token
         assert mean_shift(of(0.5, 1.0, 10**9), shrink=True).item() == pytest.approx(0.5, rel=1e-8)
         assert mean_shift(of(0.5, 1.0, 4), shrink=True) == 0  # as uncertain as it is large
+        assert mean_shift(of(0.1, 1.0, 4), shrink=True) == 0  # and more so
         assert mean_shift(of(0.0, 1.0, 4), shrink=True) == 0
 
     def test_is_clipped(self):

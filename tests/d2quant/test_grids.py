@@ -221,7 +221,7 @@ class TestAlternation:
         columns, importance = random_columns(generator).double(), torch.rand(24, generator=generator).double() + 0.1
         fitted = fit_group(columns, grid=grid, bits=bits, importance=importance, iterations=200)
         errors, codes = row_errors(fitted, columns, importance), rebuild(fitted, columns)[0]
-        for plane, change in itertools.product(range(len(fitted.scales)), (1 - 1e-5, 1 + 1e-5)):
+        for plane, change in itertools.product(range(len(fitted.scales)), (1 - 1e-3, 1 + 1e-3)):
             scales = fitted.scales.clone()
             scales[plane] *= change
             difference = columns - replace(fitted, scales=scales).levels(codes)
@@ -244,6 +244,7 @@ class TestRefitRows:
             for grid in (random_grid("affine", bits, 300, generator) for _ in range(2))
         )
         codes = made.codes(columns)  # of another grid than the one to be refitted
+        columns[:, :50] += 5 * made.scales[0, :50] * 2**bits  # rows whose zero point would lie outside of the codes
         new = grids._refit_rows(columns, codes, old, weights)
         assert torch.equal(new.zero_points, new.zero_points.round())
         assert new.zero_points.min() >= 0 and new.zero_points.max() < 2**bits

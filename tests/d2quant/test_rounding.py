@@ -211,12 +211,14 @@ class TestGptaq:
 
 class TestSweep:
     @pytest.mark.parametrize("grid", GRIDS)
-    def test_batches_change_nothing(self, grid, generator, monkeypatch):
+    @pytest.mark.parametrize("column_scale", [False, True])
+    def test_batches_change_nothing(self, grid, column_scale, generator, monkeypatch):
         weight, (_, _, hessian, asymmetry) = random_weight(generator), calibrate(generator)
         results = []
         for columns in (3, 1000):
             monkeypatch.setattr(rounding, "LAZY_COLUMNS", columns)
-            results.append(round_weight(weight, hessian, asymmetry, bits=2, group_size=8, grid=grid))
+            options = {"bits": 2, "group_size": 8, "grid": grid, "column_scale": column_scale}
+            results.append(round_weight(weight, hessian, asymmetry, **options))
         assert torch.equal(results[0].weight.codes, results[1].weight.codes)
         assert_same_up_to_half_precision(*results)
 

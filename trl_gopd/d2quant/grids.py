@@ -305,7 +305,6 @@ def _refit_rows(inputs: Tensor, codes: Tensor, old: GroupGrid, weights: Tensor) 
     determinant = oo * total - o * o
     slope = scales + (total * oe - o * e) / determinant
     zero_points = (old.zero_points - (oo * e - o * oe) / determinant / slope).round_().clamp_(0, 2**old.bits - 1)
-    zero_points = torch.where(slope > 0, zero_points, old.zero_points)
     moved_scales, moved_gain = refit(old.zero_points - zero_points)
     better = moved_gain > gain.clamp(min=0)
     return replace(
