@@ -102,7 +102,7 @@ class TestErrors:
             ("shift_gate", 2, r"in \[0, 1\], got 2. 0 corrects all"),
             ("rotation", "half", "one of None, 'full', 'group', got 'half'"),
             ("tune_epochs", -1, "at least 0, got -1. 0 leaves"),
-            ("tune_learning_rate", 0.0, r"in \(0, inf\), got 0.0. Use 5e-3"),
+            ("tune_learning_rate", 0.0, r"in \(0, inf\), got 0.0. Use 1e-2"),
             ("tune_learning_rate", float("inf"), "got inf"),
             ("num_samples", 0, "at least 1, got 0. GPTQ uses 128"),
             ("seq_length", 1, "at least 2, got 1. GPTQ uses 2048"),

@@ -31,7 +31,15 @@ WINDOWS = TOKENS[torch.randperm(6, generator=torch.Generator().manual_seed(0))]
 
 def config(**settings):
     return D2QuantConfig(
-        **{"bits": 2, "group_size": 16, "iterations": 3, "dataset": TOKENS, "num_samples": 6, "seq_length": 32}
+        **{
+            "bits": 2,
+            "group_size": 16,
+            "iterations": 3,
+            "dataset": TOKENS,
+            "num_samples": 6,
+            "seq_length": 32,
+            "tune_epochs": 0,
+        }
         | settings
     )
 

@@ -19,6 +19,7 @@ TOKENS = torch.randint(0, 200, (8, 32), generator=torch.Generator().manual_seed(
 def quantize(tokenizer, *, dtype=torch.float32, **settings):
     model = build_model(tokenizer, seed=1).to(dtype)
     settings = {"bits": 2, "group_size": 16, "dataset": TOKENS, "num_samples": 8, "seq_length": 32} | settings
+    settings = {"tune_epochs": 0, "tune_learning_rate": 5e-3} | settings
     return model, quantize_model(model, None, D2QuantConfig(**settings))
 
 

@@ -82,10 +82,10 @@ class D2QuantConfig(QuantizationConfigMixin):
         rotation (`str`, *optional*):
             Hadamard rotation of the residual stream before all else: `"full"`, or `"group"`, in blocks of
             `group_size`. Unties tied embeddings.
-        tune_epochs (`int`, *optional*, defaults to `0`):
+        tune_epochs (`int`, *optional*, defaults to `3`):
             Passes over the calibration tokens that tune scales and norms, all blocks at once, to the token
             distributions of the full-precision model. 0 leaves it out.
-        tune_learning_rate (`float`, *optional*, defaults to `5e-3`):
+        tune_learning_rate (`float`, *optional*, defaults to `1e-2`):
             Step of the tuning, relative to the mean magnitude of each tensor.
 
     > Parameters that control calibration
@@ -153,8 +153,8 @@ class D2QuantConfig(QuantizationConfigMixin):
         shift_gate: float = 0.0,
         shift_shrink: bool = False,
         rotation: str | None = None,
-        tune_epochs: int = 0,
-        tune_learning_rate: float = 5e-3,
+        tune_epochs: int = 3,
+        tune_learning_rate: float = 1e-2,
         dataset: Any = None,
         tokenizer: Any = None,
         num_samples: int = 16,
@@ -309,7 +309,7 @@ class D2QuantConfig(QuantizationConfigMixin):
         self._check_number("shift_gate", 0, 1, "0 corrects all channels.")
         self._check_choices("rotation", ROTATIONS)
         self._check_integer("tune_epochs", 0, "0 leaves the tuning out.")
-        self._check_number("tune_learning_rate", 0, math.inf, "Use 5e-3.", open_start=True)
+        self._check_number("tune_learning_rate", 0, math.inf, "Use 1e-2.", open_start=True)
         self._check_integer("num_samples", 1, "GPTQ uses 128.")
         # a single token has none to predict and none to attend to
         self._check_integer("seq_length", 2, "GPTQ uses 2048.")
