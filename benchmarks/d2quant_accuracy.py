@@ -1,0 +1,244 @@
+"""
+What each part of `D2QuantConfig` brings on SmolLM2-135M-Instruct, beside GPTQ, GPTAQ and AutoRound.
+
+    python benchmarks/d2quant_accuracy.py --calibration valid.txt --evaluation test.txt --json accuracy.json
+
+Without texts, the two halves of the embedded one are used. A row is one setting at one width and calibration seed;
+each runs in a process of its own, one after the other, on the same windows, so that memory and seconds are its own.
+Finished rows are kept in `--work-dir`, and a run that was interrupted goes on with the next one.
+
+AutoRound wants other versions of its own: name a Python that has it, and it is run on the same windows too.
+
+    python -m venv ar && ar/bin/pip install torch==2.13.0 auto-round==0.16.1
+    python benchmarks/d2quant_accuracy.py --autoround-python ar/bin/python ...
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+GROUP_SIZE = 64
+SAMPLES = 16
+SEQ_LENGTH = 512
+EVALUATED = 12
+TORCH_THREADS = 2
+AUTOROUND = "AutoRound, 200 iterations"
+AUTOROUND_ITERATIONS = 200
+AUTOROUND_BATCH = 4  # its default of 8 takes twice as long on a CPU
+
+# Every row starts from this, which is GPTAQ with group-aware order as its authors and the release have it.
+GPTAQ = {"hessian_weights": False, "iterations": 0, "tune_epochs": 0}
+ROWS = {
+    "round to nearest": {**GPTAQ, "rounding": "rtn", "clip": False},
+    "GPTQ": {**GPTAQ, "rounding": "gptq"},
+    "GPTAQ": GPTAQ,
+    "GPTAQ, rotation": {**GPTAQ, "rotation": "group"},
+    "+ alternation": {**GPTAQ, "iterations": 15},
+    "+ Hessian weights": {"iterations": 0, "tune_epochs": 0},
+    "+ both": {"tune_epochs": 0},
+    "+ both, rotation": {"tune_epochs": 0, "rotation": "group"},
+    "+ both, column scale": {"tune_epochs": 0, "column_scale": True},
+    "+ both, mean shift": {"tune_epochs": 0, "mean_shift": True},
+    "+ both, mid-rise": {"tune_epochs": 0, "grid": "midrise"},
+    "+ both, mid-rise, column scale": {"tune_epochs": 0, "grid": "midrise", "column_scale": True},
+    "+ both, bit-planes": {"tune_epochs": 0, "grid": "bitplane"},
+    "paper": {"preset": "paper"},
+    "release": {"preset": "release"},
+    "GPTAQ, tuned": {"hessian_weights": False, "iterations": 0},
+    "default": {},
+}
+BASELINE, OURS = "GPTAQ", "default"
+
+
+def windows(path: Path | None, part: str):
+    """All windows `(n, SEQ_LENGTH)` of a text, or of a part of the embedded one."""
+    from transformers import AutoTokenizer
+
+    from trl_gopd.d2quant.calibration import embedded_text, read_text, token_windows
+    from trl_gopd.demo.smollm2 import smollm2_path
+
+    text = embedded_text(part) if path is None else read_text(path)
+    return token_windows(text, AutoTokenizer.from_pretrained(smollm2_path()), SEQ_LENGTH)
+
+
+def run_row(row: str, bits: int, seed: int, args: argparse.Namespace) -> dict:
+    """One row, in this process."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from trl_gopd.d2quant.config import D2QuantConfig
+    from trl_gopd.d2quant.pipeline import quantize_model
+    from trl_gopd.demo.smollm2 import smollm2_path
+    from trl_gopd.evaluation import compare, measure, storage
+
+    torch.set_num_threads(TORCH_THREADS)
+    calibration, evaluation = windows(args.calibration, "calibration"), windows(args.evaluation, "evaluation")
+    model = AutoModelForCausalLM.from_pretrained(smollm2_path())
+    model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    result: dict = {"row": row, "bits": bits, "seed": seed}
+    with measure() as before:
+        pass
+    if row == AUTOROUND:
+        result["seconds"] = _autoround(model, calibration, bits, seed, args.autoround_python)
+        # a scale in half precision and a packed zero point for each group
+        result["bits_per_weight"] = bits + (16 + bits) / GROUP_SIZE
+    else:
+        settings = dict(ROWS[row])
+        build = getattr(D2QuantConfig, settings.pop("preset", ""), D2QuantConfig)
+        sizes = {"group_size": GROUP_SIZE, "num_samples": SAMPLES, "seq_length": SEQ_LENGTH}
+        config = build(bits=bits, **sizes, dataset=calibration, seed=seed, **settings)
+        with measure() as used:
+            quantize_model(model, None, config)
+        result["seconds"] = used.seconds
+        result["peak_over_model"] = (used.peak_memory_bytes - before.peak_memory_bytes + model_bytes) / model_bytes
+        result["bits_per_weight"] = storage(model).bits_per_weight
+    original = AutoModelForCausalLM.from_pretrained(smollm2_path())
+    agreement = compare(model, original, evaluation[:EVALUATED])
+    return result | {
+        "perplexity": agreement.model.value,
+        "perplexity_original": agreement.reference.value,
+        "kl": agreement.kl,
+        "kl_standard_error": agreement.kl_standard_error,
+        "top1": agreement.top1,
+    }
+
+
+def _autoround(model, calibration, bits: int, seed: int, python: Path) -> float:
+    """Replaces the weights of `model` by those that AutoRound, run by another Python, makes of them."""
+    import torch
+
+    from trl_gopd.demo.smollm2 import smollm2_path
+
+    drawn = calibration[torch.randperm(len(calibration), generator=torch.Generator().manual_seed(seed))[:SAMPLES]]
+    script = Path(__file__).with_name("autoround_peer.py")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(drawn, Path(folder, "windows.pt"))
+        settings = [bits, seed, GROUP_SIZE, AUTOROUND_ITERATIONS, AUTOROUND_BATCH, TORCH_THREADS]
+        start = time.perf_counter()
+        subprocess.run([python, script, smollm2_path(), folder, *map(str, settings)], check=True)
+        seconds = time.perf_counter() - start
+        model.load_state_dict(torch.load(Path(folder, "weights.pt")))
+    return seconds
+
+
+def summarize(rows: list[dict]) -> list[dict]:
+    """Means over seeds for each row and width, with standard errors, and perplexity relative to the baseline's."""
+    summary = []
+    for bits in dict.fromkeys(row["bits"] for row in rows):
+        baseline = {row["seed"]: row["perplexity"] for row in rows if (row["row"], row["bits"]) == (BASELINE, bits)}
+        for name in dict.fromkeys(row["row"] for row in rows if row["bits"] == bits):
+            group = [row for row in rows if (row["row"], row["bits"]) == (name, bits)]
+            ratios = [row["perplexity"] / baseline[row["seed"]] for row in group if row["seed"] in baseline]
+            entry: dict = {"row": name, "bits": bits, "seeds": len(group)}
+            for key in ("bits_per_weight", "perplexity", "kl", "top1", "seconds", "peak_over_model"):
+                values = [row[key] for row in group if key in row]
+                entry[key] = statistics.mean(values) if values else None
+            entry["perplexity_standard_error"] = _standard_error([row["perplexity"] for row in group])
+            entry["ratio"] = statistics.mean(ratios) if ratios else None
+            entry["ratio_standard_error"] = _standard_error(ratios)
+            summary.append(entry)
+    return summary
+
+
+def _standard_error(values: list[float]) -> float | None:
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
+def table(summary: list[dict]) -> str:
+    """The summary in Markdown."""
+    lines = [
+        "| bits | row | bits a weight | perplexity | of GPTAQ's | KL, nats | same top token | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in summary:
+        error = entry["perplexity_standard_error"]
+        lines.append(
+            f"| {entry['bits']} | {entry['row']} | {entry['bits_per_weight']:.3f} | {entry['perplexity']:.2f}"
+            + (f" ± {error:.2f}" if error is not None else "")
+            + (f" | {entry['ratio']:.3f}" if entry["ratio"] is not None else " | ")
+            + f" | {entry['kl']:.3f} | {entry['top1']:.1%} | {entry['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def environment(argv: list[str]) -> dict:
+    """What a reader needs to run it again."""
+    names = ("torch", "transformers")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {
+        "command": shlex.join(["python", "benchmarks/d2quant_accuracy.py", *argv]),
+        "commit": commit.stdout.strip() or None,
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "python": platform.python_version(),
+        "processors": os.cpu_count(),
+        "threads": TORCH_THREADS,
+    }
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="text to calibrate on")
+    parser.add_argument("--evaluation", type=Path, metavar="FILE", help="text to measure on")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, AUTOROUND], help="default: all of ours")
+    parser.add_argument("--autoround-python", type=Path, metavar="PYTHON", help="adds AutoRound")
+    parser.add_argument("--work-dir", type=Path, default=Path("d2quant_accuracy"), help="finished rows")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # a row in this very process
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the rows that are not there yet, and prints the table."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args(argv)
+    names = args.rows or [*ROWS, *([AUTOROUND] if args.autoround_python else [])]
+    if args.one:
+        (name,), (bits,), (seed,) = names, args.bits, args.seeds
+        print(json.dumps(run_row(name, bits, seed, args)))
+        return
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in args.seeds:
+        for bits in args.bits:
+            for name in names:
+                path = args.work_dir / f"{bits}-{seed}-{name.replace(' ', '_')}.json"
+                if not path.exists():
+                    shared = [
+                        a for option in ("calibration", "evaluation", "autoround_python") for a in _given(args, option)
+                    ]
+                    one = ["--one", "--rows", name, "--bits", str(bits), "--seeds", str(seed), *shared]
+                    print(f"{bits} bits, seed {seed}, {name}", file=sys.stderr, flush=True)
+                    run = subprocess.run(
+                        [sys.executable, __file__, *one], stdout=subprocess.PIPE, text=True, check=True
+                    )
+                    part = path.with_suffix(".part")
+                    part.write_text(run.stdout.splitlines()[-1])
+                    part.replace(path)
+                rows.append(json.loads(path.read_text()))
+    summary = summarize(rows)
+    print(table(summary))
+    if args.json:
+        result = {**environment(argv), "summary": summary, "rows": rows}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _given(args: argparse.Namespace, option: str) -> list[str]:
+    value = getattr(args, option)
+    return [] if value is None else [f"--{option.replace('_', '-')}", str(value)]
+
+
+if __name__ == "__main__":
+    main()

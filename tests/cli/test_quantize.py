@@ -1,0 +1,76 @@
+"""`trl-gopd quantize`: a folder that loads anywhere, or one message and nothing written."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from trl_gopd.cli.quantize import main
+from trl_gopd.d2quant.linear import D2QuantLinear
+
+
+ARGUMENTS = ["--group-size", "16", "--num-samples", "4", "--seq-length", "32", "--set", "tune_epochs=1"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    return str(path)
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def refuse(capsys, *arguments):
+    with pytest.raises(SystemExit) as error:
+        run(*arguments)
+    assert error.value.code == 2
+    return capsys.readouterr().err
+
+
+class TestQuantize:
+    @pytest.mark.parametrize("preset", ["default", "paper", "release"])
+    def test_writes_a_folder_that_loads(self, models, tmp_path, text, preset, capsys):
+        out = tmp_path / "out"
+        reports = ["--json", tmp_path / "r.json", "--figure", tmp_path / "r.png"]
+        run(models / "student", "-o", out, "--bits", 3, "--dataset", text, "--preset", preset, *ARGUMENTS, *reports)
+        assert "bits a weight" in capsys.readouterr().out
+        model = AutoModelForCausalLM.from_pretrained(out)
+        linears = [module for module in model.modules() if isinstance(module, D2QuantLinear)]
+        assert len(linears) == 14
+        assert {(module.bits, module.group_size) for module in linears} == {(3, 16)}
+        assert {module.grid for module in linears} == {"affine"} | ({"bitplane"} if preset == "release" else set())
+        report = json.loads((tmp_path / "r.json").read_text())
+        assert len(report["linears"]) == 14
+        assert report["config"]["tune_epochs"] == 1
+        assert (tmp_path / "r.png").exists()
+        with torch.no_grad():
+            assert model(torch.arange(8)[None]).logits.isfinite().all()
+
+    def test_output_that_is_there(self, models, tmp_path, capsys):
+        (tmp_path / "file").write_text("mine")
+        assert "not empty; remove it or name another" in refuse(capsys, models / "student", "-o", tmp_path)
+        assert (tmp_path / "file").read_text() == "mine"
+
+    @pytest.mark.parametrize("option", ["-o", "--json", "--figure"])
+    def test_folder_that_is_not(self, models, tmp_path, option, capsys):
+        paths = {"-o": tmp_path / "out"} | {option: tmp_path / "no" / "file.png"}
+        arguments = [argument for pair in paths.items() for argument in pair]
+        assert "does not exist; make it" in refuse(capsys, models / "student", *arguments)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("arguments", "complaint"),
+        [
+            (["--bits", "5"], "`bits` must be one of 2, 3, 4, 8, got 5"),
+            (["--group-size", "0"], "`group_size` must be at least 1, got 0"),
+            (["--set", "alpah=1"], "alpah"),
+            (["--set", "alpha"], "must be NAME=VALUE, got 'alpha'"),
+        ],
+    )
+    def test_setting_that_is_not(self, models, tmp_path, arguments, complaint, capsys):
+        assert complaint in refuse(capsys, models / "student", "-o", tmp_path / "out", *arguments)
+        assert list(tmp_path.iterdir()) == []
