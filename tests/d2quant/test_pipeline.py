@@ -7,7 +7,9 @@ Laws of the block loop:
 - what cannot be quantized is refused before a weight changes.
 """
 
+import gc
 import json
+import weakref
 from dataclasses import asdict
 
 import pytest
@@ -197,6 +199,20 @@ class TestQuantizeModel:
         assert [name for name, module in model.named_modules() if not module.training] == ["model.norm"]
         assert model.model.norm.weight.requires_grad
         assert not any(p.requires_grad for module in packed(model).values() for p in module.parameters())
+
+    def test_dense_weights_are_freed_block_by_block(self, model, monkeypatch):
+        dense = [weakref.ref(m) for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
+        alive = []
+        quantize = pipeline._Run.quantize_block
+
+        def count(self, block):
+            quantize(self, block)
+            gc.collect()
+            alive.append(sum(reference() is not None for reference in dense))
+
+        monkeypatch.setattr(pipeline._Run, "quantize_block", count)
+        quantize_model(model, None, config())
+        assert alive == [7, 0]
 
 
 class TestReport:

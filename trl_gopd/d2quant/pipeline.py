@@ -509,13 +509,14 @@ def _notes(topology: Topology, config: D2QuantConfig) -> list[str]:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
+    # By name: a reference to a module would keep the dense weights of a replaced linear alive.
+    modes = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
         yield
     finally:
-        for module in model.modules():
-            module.training = modes.get(module, modes[model])  # packed linears are new
+        for name, module in model.named_modules():
+            module.training = modes[name]
 
 
 def _fingerprint(model: PreTrainedModel, windows: Tensor, config: D2QuantConfig) -> str:
