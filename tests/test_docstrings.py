@@ -6,7 +6,14 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["gopd.objective", "gopd.scoring", "gopd.trainer", "demo.arithmetic"])
+MODULES = (
+    *("gopd.objective", "gopd.scoring", "gopd.trainer", "demo.arithmetic"),
+    *("d2quant.packing", "d2quant.linear", "d2quant.topology", "d2quant.config", "d2quant.calibration"),
+    "evaluation.resources",
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
     result = doctest.testmod(importlib.import_module(f"trl_gopd.{name}"))
     assert result.failed == 0
