@@ -31,7 +31,6 @@ GROUP_SIZE = 64
 SAMPLES = 16
 SEQ_LENGTH = 512
 EVALUATED = 12
-TORCH_THREADS = 2
 AUTOROUND = "AutoRound, 200 iterations"
 AUTOROUND_ITERATIONS = 200
 AUTOROUND_BATCH = 4  # its default of 8 takes twice as long on a CPU
@@ -81,7 +80,7 @@ def run_row(row: str, bits: int, seed: int, args: argparse.Namespace) -> dict:
     from trl_gopd.demo.smollm2 import smollm2_path
     from trl_gopd.evaluation import compare, measure, storage
 
-    torch.set_num_threads(TORCH_THREADS)
+    torch.set_num_threads(args.threads)
     calibration, evaluation = windows(args.calibration, "calibration"), windows(args.evaluation, "evaluation")
     model = AutoModelForCausalLM.from_pretrained(smollm2_path())
     model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -89,7 +88,7 @@ def run_row(row: str, bits: int, seed: int, args: argparse.Namespace) -> dict:
     with measure() as before:
         pass
     if row == AUTOROUND:
-        result["seconds"] = _autoround(model, calibration, bits, seed, args.autoround_python)
+        result["seconds"] = _autoround(model, calibration, bits, seed, args)
         # a scale in half precision and a packed zero point for each group
         result["bits_per_weight"] = bits + (16 + bits) / GROUP_SIZE
     else:
@@ -113,7 +112,7 @@ def run_row(row: str, bits: int, seed: int, args: argparse.Namespace) -> dict:
     }
 
 
-def _autoround(model, calibration, bits: int, seed: int, python: Path) -> float:
+def _autoround(model, calibration, bits: int, seed: int, args: argparse.Namespace) -> float:
     """Replaces the weights of `model` by those that AutoRound, run by another Python, makes of them."""
     import torch
 
@@ -123,9 +122,9 @@ def _autoround(model, calibration, bits: int, seed: int, python: Path) -> float:
     script = Path(__file__).with_name("autoround_peer.py")
     with tempfile.TemporaryDirectory() as folder:
         torch.save(drawn, Path(folder, "windows.pt"))
-        settings = [bits, seed, GROUP_SIZE, AUTOROUND_ITERATIONS, AUTOROUND_BATCH, TORCH_THREADS]
+        settings = [bits, seed, GROUP_SIZE, AUTOROUND_ITERATIONS, AUTOROUND_BATCH, args.threads]
         start = time.perf_counter()
-        subprocess.run([python, script, smollm2_path(), folder, *map(str, settings)], check=True)
+        subprocess.run([args.autoround_python, script, smollm2_path(), folder, *map(str, settings)], check=True)
         seconds = time.perf_counter() - start
         model.load_state_dict(torch.load(Path(folder, "weights.pt")))
     return seconds
@@ -181,7 +180,6 @@ def environment(argv: list[str]) -> dict:
         "versions": {name: importlib.metadata.version(name) for name in names},
         "python": platform.python_version(),
         "processors": os.cpu_count(),
-        "threads": TORCH_THREADS,
     }
 
 
@@ -195,6 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", nargs="+", choices=[*ROWS, AUTOROUND], help="default: all of ours")
     parser.add_argument("--autoround-python", type=Path, metavar="PYTHON", help="adds AutoRound")
     parser.add_argument("--work-dir", type=Path, default=Path("d2quant_accuracy"), help="finished rows")
+    parser.add_argument("--threads", type=int, default=2, help="of a row (2)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # a row in this very process
     return parser
@@ -217,7 +216,9 @@ def main(argv: list[str] | None = None) -> None:
                 path = args.work_dir / f"{bits}-{seed}-{name.replace(' ', '_')}.json"
                 if not path.exists():
                     shared = [
-                        a for option in ("calibration", "evaluation", "autoround_python") for a in _given(args, option)
+                        a
+                        for option in ("calibration", "evaluation", "autoround_python", "threads")
+                        for a in _given(args, option)
                     ]
                     one = ["--one", "--rows", name, "--bits", str(bits), "--seeds", str(seed), *shared]
                     print(f"{bits} bits, seed {seed}, {name}", file=sys.stderr, flush=True)
