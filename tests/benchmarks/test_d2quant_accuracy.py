@@ -1,23 +1,11 @@
 """The accuracy benchmark: every row is a valid configuration, and the summary is the arithmetic it says it is."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
+from benchmarks import d2quant_accuracy as benchmark
 from trl_gopd.d2quant.config import D2QuantConfig
-
-
-PATH = Path(__file__).parents[2] / "benchmarks" / "d2quant_accuracy.py"
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("d2quant_accuracy", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def row(name, seed, perplexity, **more):
@@ -34,7 +22,7 @@ def row(name, seed, perplexity, **more):
     }
 
 
-def test_rows_are_configurations(benchmark):
+def test_rows_are_configurations():
     for name, settings in benchmark.ROWS.items():
         settings = dict(settings)
         preset = settings.pop("preset", None)
@@ -43,7 +31,7 @@ def test_rows_are_configurations(benchmark):
     assert {benchmark.BASELINE, benchmark.OURS} <= benchmark.ROWS.keys()
 
 
-def test_summary_pairs_seeds(benchmark):
+def test_summary_pairs_seeds():
     rows = [row("GPTAQ", 0, 100.0), row("GPTAQ", 1, 50.0), row("default", 0, 60.0), row("default", 1, 40.0)]
     baseline, ours = benchmark.summarize(rows)
     assert (baseline["perplexity"], baseline["ratio"], baseline["ratio_standard_error"]) == (75.0, 1.0, 0.0)
@@ -54,7 +42,7 @@ def test_summary_pairs_seeds(benchmark):
     assert "| 2 | default | 2.250 | 50.00 ± 10.00 | 0.700 | 1.000 | 50.0% | 10 |" in benchmark.table([baseline, ours])
 
 
-def test_finished_rows_are_not_run_again(benchmark, tmp_path, monkeypatch, capsys):
+def test_finished_rows_are_not_run_again(tmp_path, monkeypatch):
     for name, value in (("GPTAQ", 100.0), ("default", 60.0)):
         (tmp_path / f"2-0-{name}.json").write_text(json.dumps(row(name, 0, value)))
     monkeypatch.setattr(benchmark, "environment", lambda argv: {"command": "here"})

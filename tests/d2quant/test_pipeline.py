@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, OPTConfig, OPTForCausalLM
+from transformers import LlamaConfig, LlamaModel, OPTConfig, OPTForCausalLM
 
 from tests.tiny import build_model
 from trl_gopd.d2quant import pipeline
@@ -345,13 +345,3 @@ class TestBadInput:
     def test_no_tokenizer(self, model):
         with pytest.raises(TypeError, match="needs a `tokenizer`, got None"):
             quantize_model(model, None, config(dataset=["words"]))
-
-
-@pytest.mark.slow
-def test_smollm2_loses_less_than_rounding_to_nearest():
-    from trl_gopd.demo.smollm2 import smollm2_path
-
-    model = AutoModelForCausalLM.from_pretrained(smollm2_path(), num_hidden_layers=3)
-    report = quantize_model(model, smollm2_path(), D2QuantConfig(bits=2, num_samples=4))
-    assert len(report.linears) == 21
-    assert all(entry.error < 0.5 * entry.nearest_error for entry in report.linears)
