@@ -14,12 +14,13 @@ Two streams of hidden states run side by side through the blocks: `full`, what t
 A stage is the set of linears that read one tensor; they share H and D. One block's statistics are in memory at a time.
 """
 
+import ctypes
 import json
 import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,7 @@ def quantize_model(model: PreTrainedModel, tokenizer: Any = None, config: D2Quan
         blocks = topology.blocks[done:]
         for number, block in enumerate(tqdm(blocks, "Quantizing", unit="block", disable=None), start=done + 1):
             run.quantize_block(block)
+            _return_freed_memory()
             if work:
                 work.save(number, block, run)
         if config.tune_epochs:
@@ -191,9 +193,15 @@ class _Run:
         for stage in linears:
             head = stage[0]
             # tokens of a stage: a router may give an expert's linear none, or others than in full precision
-            inputs = [self._forward(block, stream, (head,), stop=True)[0].get(head) for stream in self.quantized]
-            shift = self._mean_shift(block, targets, inputs) if shift_at and head == shift_at[0] else None
-            hessian, asymmetry = self._statistics(inputs, [full.pop(head, None) for full in full_inputs], shift)
+            # They are made one by one as they are used: those of a whole stage would be the run's largest tensors.
+            inputs: Iterable[Tensor | None] = (
+                self._forward(block, stream, (head,), stop=True)[0].get(head) for stream in self.quantized
+            )
+            shift = None
+            if shift_at and head == shift_at[0]:
+                inputs = list(inputs)  # used twice
+                shift = self._mean_shift(block, targets, inputs)
+            hessian, asymmetry = self._statistics(inputs, (full.pop(head, None) for full in full_inputs), shift)
             for name in stage:
                 linear = block.module.get_submodule(name)
                 result = self._round(block, name, linear, hessian, asymmetry)
@@ -236,7 +244,7 @@ class _Run:
         return {name: rows.to(stream.device) for name, rows in captured.items()}, output
 
     def _statistics(
-        self, inputs: list[Tensor | None], full_inputs: list[Tensor | None], shift: Tensor | None
+        self, inputs: Iterable[Tensor | None], full_inputs: Iterable[Tensor | None], shift: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """H and D of a stage, float32 on the stage's device; `None` where nothing was seen, or not asked for."""
         if self.config.rounding == "rtn":
@@ -390,6 +398,12 @@ def _block_calls(model: PreTrainedModel, topology: Topology, windows: Tensor) ->
         for handle in handles:
             handle.remove()
     return BlockCalls(model, topology.blocks[0].module, arguments)
+
+
+def _return_freed_memory() -> None:
+    """glibc keeps what is freed, in pieces between what is not, and a run would grow with every block."""
+    with suppress(AttributeError, OSError, TypeError):  # not glibc: nothing to do
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _device(module: nn.Module) -> torch.device:
