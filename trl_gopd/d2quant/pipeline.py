@@ -14,13 +14,12 @@ Two streams of hidden states run side by side through the blocks: `full`, what t
 A stage is the set of linears that read one tensor; they share H and D. One block's statistics are in memory at a time.
 """
 
-import ctypes
 import json
 import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from trl_gopd.d2quant.rotation import fuse_norms, rotate
 from trl_gopd.d2quant.rounding import RoundingResult, round_weight
 from trl_gopd.d2quant.topology import Block, Topology, find_topology
 from trl_gopd.d2quant.tuning import tune
+from trl_gopd.evaluation.resources import return_freed_memory
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,11 @@ def quantize_model(model: PreTrainedModel, tokenizer: Any = None, config: D2Quan
         blocks = topology.blocks[done:]
         for number, block in enumerate(tqdm(blocks, "Quantizing", unit="block", disable=None), start=done + 1):
             run.quantize_block(block)
-            _return_freed_memory()
+            return_freed_memory()
             if work:
                 work.save(number, block, run)
         if config.tune_epochs:
+            run.quantized.clear()
             report.tuning_kl = tune(model, topology, run.calls, starts=run.start, full=run.full, config=config)
     mark_quantized(model, config)
     report.notes = _notes(topology, config)
@@ -398,12 +399,6 @@ def _block_calls(model: PreTrainedModel, topology: Topology, windows: Tensor) ->
         for handle in handles:
             handle.remove()
     return BlockCalls(model, topology.blocks[0].module, arguments)
-
-
-def _return_freed_memory() -> None:
-    """glibc keeps what is freed, in pieces between what is not, and a run would grow with every block."""
-    with suppress(AttributeError, OSError, TypeError):  # not glibc: nothing to do
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from trl_gopd.d2quant.linear import D2QuantLinear
 from trl_gopd.d2quant.topology import Topology
 from trl_gopd.evaluation.logits import head_logits
+from trl_gopd.evaluation.resources import return_freed_memory
 
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def _train(
                 optimizer.step()
                 for parameter, master in zip(tuned, masters, strict=True):
                     parameter.data.copy_(master)
+                return_freed_memory()
                 bar.update()
             losses.append(total / len(starts))
             bar.set_postfix(kl=f"{losses[-1]:.4f}")

@@ -1,10 +1,10 @@
 """What a piece of work takes: seconds, and the peak of memory."""
 
-import resource
+import ctypes
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +64,15 @@ def measure() -> Iterator[Resources]:
             used.peak_cuda_bytes = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
 
 
+def return_freed_memory() -> None:
+    """
+    Gives freed memory back to the system. glibc keeps it, in pieces between what is still in use, so that a process
+    which allocates and frees large tensors grows; other C libraries need no help.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _restart_peak() -> bool:
     """Makes Linux count the peak from now on; says whether it did."""
     try:
@@ -80,5 +89,7 @@ def _peak_bytes() -> int:
             # VmHWM, not `ru_maxrss`, which cannot be restarted
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
     except (OSError, StopIteration):
+        import resource  # which Windows does not have
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
