@@ -23,6 +23,8 @@ from trl_gopd.gopd.trainer import GOPDTrainer
 
 GLOBAL_BATCH, STEPS = 8, 3
 # Left by questions of 1 to 16 words: the ranks' batches are padded to different widths.
+# Few rows have the small teacher, so that a rank has none of them where the other has some.
+TEACHER_IDS = ["small" if i % 4 == 0 else "big" for i in range(48)]
 PROMPTS = [" ".join(f"{i * j % 10}" for j in range(1, 2 + i % 16)) for i in range(48)]
 
 
@@ -37,6 +39,7 @@ class ScriptedTrainer(GOPDTrainer):
     def _compute_loss(self, model, inputs):
         ids = inputs["completion_ids"]
         self.seen = [*getattr(self, "seen", []), (ids.size(1), int(inputs["completion_mask"].sum()))]
+        self.small_rows = [*getattr(self, "small_rows", []), int(inputs["teacher_index"].sum())]
         return super()._compute_loss(model, inputs)
 
 
@@ -49,6 +52,7 @@ def train(
     student="student",
     estimator="sampled",
     lora=False,
+    several=False,
     accumulation=1,
     save_steps=None,
     resume=None,
@@ -80,15 +84,20 @@ def train(
     set_seed(0)  # the adapter's random half
     trainer = ScriptedTrainer(
         model=f"{models}/{student}",
-        teacher_model=f"{models}/teacher",
+        teacher_model={"big": f"{models}/teacher", "small": f"{models}/base"} if several else f"{models}/teacher",
         args=args,
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS, "teacher_id": TEACHER_IDS}),
         processing_class=tokenizer,
         peft_config=LoraConfig(**LORA) if lora else None,
     )
     trainer.train(resume_from_checkpoint=resume)
-    frozen = {"teacher": trainer.teacher, "reference": trainer.reference}
-    modules = {"student": trainer.model, **{name: given.inner for name, given in frozen.items() if given is not None}}
+    frozen = {
+        name.removesuffix("_None"): given.inner
+        for role, scorers in (("teacher", trainer.teachers), ("reference", trainer.references))
+        for name, given in ((f"{role}_{key}", given) for key, given in scorers.items())
+        if hasattr(given, "inner")  # otherwise it is the student
+    }
+    modules = {"student": trainer.model, **frozen}
     shapes = {
         name: [(tuple(p.shape), tuple(getattr(p, "ds_shape", ()))) for p in module.parameters()]
         for name, module in modules.items()
@@ -109,6 +118,7 @@ def train(
             for log in logs
         ],
         "seen": trainer.seen,
+        "small_rows": trainer.small_rows,
         "weights": {name: value.clone() for name, value in state.items()} if rank == 0 else None,
     }
 
@@ -150,15 +160,17 @@ def single(models, tmp_path_factory):
     return get
 
 
-def run_layout(layout, models, out, lora=False, **scenario):
+def run_layout(layout, models, out, lora=False, several=False, **scenario):
     """Results of both ranks of a layout that is the one asked for."""
-    ranks = harness.run(train, layout, models=str(models), out=str(out), lora=lora, **scenario)
+    ranks = harness.run(train, layout, models=str(models), out=str(out), lora=lora, several=several, **scenario)
     for got in ranks:
         assert got["distributed_type"] == harness.DISTRIBUTED_TYPES[layout]
         assert got["num_processes"] == 2
         # With an adapter the reference is, by default, the student without it.
         has_reference = not lora or "ref_model_name_or_path" in scenario
-        assert set(got["shapes"]) == {"student", "teacher"} | ({"reference"} if has_reference else set())
+        teachers = {"teacher_big", "teacher_small"} if several else {"teacher"}
+        references = {"reference_big", "reference_small"} if several else {"reference"}
+        assert set(got["shapes"]) == {"student"} | teachers | (references if has_reference else set())
         assert got["trained"] == {"student"}
         for shapes in got["shapes"].values():
             is_sharded = [local == (0,) and whole != () for local, whole in shapes]
@@ -202,6 +214,17 @@ def test_accumulated_gradients_train_as_one_process(layout, estimator, models, t
 def test_head_tied_to_the_embedding_trains_as_one_process(layout, models, tmp_path, single):
     scenario = {"estimator": "full", "student": "tied"}
     assert_same_training(run_layout(layout, models, tmp_path, **scenario)[0], single(**scenario))
+
+
+@pytest.mark.parametrize(
+    "layout,estimator", [("ddp", "sampled"), ("zero3", "sampled"), ("zero3", "full"), ("fsdp2", "full")]
+)
+def test_several_teachers_train_as_one_process(layout, estimator, models, tmp_path, single):
+    scenario = {"estimator": estimator, "several": True}
+    ranks = run_layout(layout, models, tmp_path, **scenario)
+    assert any(0 in counts and sum(counts) for counts in zip(*(got["small_rows"] for got in ranks), strict=True))
+    assert_same_training(ranks[0], single(**scenario))
+    assert ranks[0]["logs"][-1].keys() >= {"gopd/big/reverse_kl", "gopd/big/token_share"}
 
 
 def test_another_reference_with_an_adapter_trains_as_one_process(models, tmp_path, single):

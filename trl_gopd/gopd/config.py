@@ -51,10 +51,24 @@ class GOPDConfig(GRPOConfig):
         gopd_chunk_size (`int`, *optional*, defaults to `256`):
             Tokens whose logits exist at a time when frozen models are scored and in the `"full"` estimator.
 
+        gopd_lambda_by_teacher (`dict[str, float]` or `str`, *optional*):
+            λ of the rows of some of several teachers, by teacher id. The others have `gopd_lambda`.
+        gopd_weight_by_teacher (`dict[str, float]` or `str`, *optional*):
+            Factor of the loss of some teachers' rows, by teacher id. The others have 1.
+        lambda_column (`str`, *optional*, defaults to `"lambda"`):
+            Column of the data set that holds a row's own λ. It goes before everything else.
+
         > Parameters that control the teacher
 
         teacher_model_name_or_path (`str`, *optional*):
             Teacher, when none is passed to the trainer.
+        teacher_models (`dict[str, str]` or `str`, *optional*):
+            Several teachers by teacher id, when none is passed to the trainer.
+        teacher_id_column (`str`, *optional*, defaults to `"teacher_id"`):
+            Column of the data set that says which of several teachers scores a row.
+        offload_frozen_models (`bool`, *optional*, defaults to `False`):
+            Whether teachers and references wait in CPU memory, and are on the device only while they score. Not with
+            `gopd_estimator="full"`, which needs their heads in the backward pass.
         teacher_model_revision (`str`, *optional*):
             Revision of the teacher on the Hub.
         teacher_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
@@ -66,13 +80,22 @@ class GOPDConfig(GRPOConfig):
         ref_model_name_or_path (`str`, *optional*):
             Reference π_ref, when none is passed to the trainer. Give the model that the teacher was trained from for
             reward correction. By default it is the student as it is when training starts.
+        ref_models (`dict[str, str]` or `str`, *optional*):
+            A reference for each of several teachers, by teacher id, when none is passed to the trainer.
         ref_model_revision (`str`, *optional*):
             Revision of the reference on the Hub.
         ref_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments of `from_pretrained` for a reference given by name, as for the teacher.
     """
 
-    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs", "ref_model_init_kwargs"]
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + [
+        "gopd_lambda_by_teacher",
+        "gopd_weight_by_teacher",
+        "teacher_models",
+        "teacher_model_init_kwargs",
+        "ref_models",
+        "ref_model_init_kwargs",
+    ]
 
     # Defaults that differ from GRPOConfig
     num_generations: int | None = field(
@@ -113,9 +136,25 @@ class GOPDConfig(GRPOConfig):
         default=None, metadata={"help": "Bound on |log teacher - log reference| in the extrapolation term."}
     )
     gopd_chunk_size: int = field(default=256, metadata={"help": "Tokens whose logits exist at a time."})
+    gopd_lambda_by_teacher: dict[str, float] | str | None = field(
+        default=None, metadata={"help": "Reward scale of the rows of some teachers, by teacher id."}
+    )
+    gopd_weight_by_teacher: dict[str, float] | str | None = field(
+        default=None, metadata={"help": "Factor of the loss of some teachers' rows, by teacher id."}
+    )
+    lambda_column: str = field(default="lambda", metadata={"help": "Column of the data set with a row's own lambda."})
 
     # Parameters that control the teacher
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Name or path of the teacher."})
+    teacher_models: dict[str, str] | str | None = field(
+        default=None, metadata={"help": "Names or paths of several teachers, by teacher id."}
+    )
+    teacher_id_column: str = field(
+        default="teacher_id", metadata={"help": "Column of the data set that says which teacher scores a row."}
+    )
+    offload_frozen_models: bool = field(
+        default=False, metadata={"help": "Whether frozen models wait in CPU memory while they do not score."}
+    )
     teacher_model_revision: str | None = field(default=None, metadata={"help": "Revision of the teacher."})
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of `from_pretrained` for the teacher."}
@@ -125,6 +164,9 @@ class GOPDConfig(GRPOConfig):
     ref_model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Name or path of the reference, e.g. the model that the teacher was trained from."},
+    )
+    ref_models: dict[str, str] | str | None = field(
+        default=None, metadata={"help": "Names or paths of a reference for each of several teachers, by teacher id."}
     )
     ref_model_revision: str | None = field(default=None, metadata={"help": "Revision of the reference."})
     ref_model_init_kwargs: dict[str, Any] | str | None = field(
@@ -143,9 +185,18 @@ class GOPDConfig(GRPOConfig):
         self._check_grpo_options()
 
     def _check_objective(self):
-        # the chained comparison also refuses NaN
+        # the chained comparisons also refuse NaN
         if not 0 <= self.gopd_lambda < math.inf:
             raise ValueError(f"`gopd_lambda` must be finite and >= 0, got {self.gopd_lambda}. Use 1.0 for plain OPD.")
+        for name in ("gopd_lambda_by_teacher", "gopd_weight_by_teacher"):
+            for teacher, value in (getattr(self, name) or {}).items():
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                    raise ValueError(f"`{name}` must hold finite numbers >= 0, got {value!r} for {teacher!r}.")
+        if self.offload_frozen_models and self.gopd_estimator == "full":
+            raise ValueError(
+                "`offload_frozen_models` cannot be used with `gopd_estimator='full'`, which needs the heads of the "
+                "frozen models in the backward pass. Use 'sampled'."
+            )
         if self.gopd_estimator not in ESTIMATORS:
             raise ValueError(
                 f"`gopd_estimator` must be one of {list(ESTIMATORS)}, got {self.gopd_estimator!r}. Use 'sampled' for "

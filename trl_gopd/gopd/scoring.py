@@ -111,7 +111,7 @@ class FrozenModel(nn.Module):
 @torch.no_grad()
 def score(
     frozen: Callable[..., Tensor],
-    inner: FrozenModel,
+    inner: Any,
     input_ids: Tensor,
     attention_mask: Tensor,
     completion_ids: Tensor,
@@ -127,7 +127,7 @@ def score(
         frozen (`Callable`):
             What to call for the hidden states: `inner`, or the engine that wraps it.
         inner ([`FrozenModel`]):
-            The frozen model.
+            The frozen model, or whatever has its `head` and `logits`.
         input_ids (`torch.Tensor` of shape `(B, L)`):
             Prompts, padded left, and completions, padded right.
         attention_mask (`torch.Tensor` of shape `(B, L)`):
@@ -153,7 +153,7 @@ def score(
     return torch.cat(rows)
 
 
-def _token_log_probs(inner: FrozenModel, hidden: Tensor, ids: Tensor, chunk_size: int) -> Tensor:
+def _token_log_probs(inner: Any, hidden: Tensor, ids: Tensor, chunk_size: int) -> Tensor:
     flat, labels = hidden.flatten(0, 1), ids.flatten()
     picked = []
     for start in range(0, len(flat), chunk_size):

@@ -1,27 +1,169 @@
 """
-The frozen models of a run: where they come from, where they live, and how they are called.
+The frozen models of a run: where they come from, where they live, and which of them scores which row.
 
-Under ZeRO-3 and FSDP a frozen model is sharded, and every rank must call it equally often. That holds as long as every
-rank calls it for every batch it holds, since batches and micro-batches have the same number of rows on all ranks.
+Under ZeRO-3 and FSDP a frozen model is sharded, and every rank must call it equally often. That holds for one that
+scores all rows, since batches and micro-batches have the same number of rows on all ranks. One that scores some of the
+rows is given as many on every rank as on the rank that has most.
 """
 
 import copy
+import json
 import logging
+import math
+import os
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file, is_peft_available
 
-from ._trl import create_model_from_path, gather_heads, prepare_deepspeed, prepare_fsdp
-from .scoring import FrozenModel, score
+from ._trl import (
+    create_model_from_path,
+    disable_gradient_checkpointing,
+    gather_heads,
+    prepare_deepspeed,
+    prepare_fsdp,
+    use_adapter,
+)
+from .scoring import FrozenModel, evaluation_mode, logit_transform, project, score
+
+
+if is_peft_available():
+    from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 
 
 logger = logging.getLogger(__name__)
 
 
+class Routing:
+    """
+    Which teacher, reference and λ a row has.
+
+    Args:
+        teacher_model, ref_model:
+            What the user gave: a name or a model, or for several teachers a mapping from their ids; `ref_model` may be
+            `None`, as may be its entries, for the student's start.
+        args ([`GOPDConfig`]):
+            Configuration of the run.
+
+    Raises:
+        `TypeError`, `ValueError`: if the ids do not fit together.
+    """
+
+    def __init__(self, teacher_model, ref_model, args):
+        several = isinstance(teacher_model, Mapping)
+        self.teachers: dict[str | None, Any] = dict(teacher_model) if several else {None: teacher_model}
+        if several and not (
+            teacher_model and all(isinstance(key, str) and key and "/" not in key for key in teacher_model)
+        ):
+            raise TypeError(
+                f"`teacher_model` must map teacher ids, strings without a slash, to models, got the keys "
+                f"{list(teacher_model)}."
+            )
+        self._ids = list(self.teachers)
+        if isinstance(ref_model, Mapping):
+            if set(ref_model) != set(self._ids):
+                raise ValueError(
+                    f"`ref_model` has the keys {list(ref_model)} and `teacher_model` "
+                    f"{list(teacher_model) if several else 'none'}. Give the same keys to both, or one reference for "
+                    "all; None stands for the student's start."
+                )
+            self.references = {key: ref_model[key] for key in self._ids}
+        else:
+            self.references = dict.fromkeys(self._ids, ref_model)
+        for name in ("gopd_lambda_by_teacher", "gopd_weight_by_teacher"):
+            unknown = set(getattr(args, name) or ()) - set(self._ids)
+            if unknown:
+                raise ValueError(f"`{name}` names {sorted(unknown)}, but the teachers are {self._names}.")
+        by_teacher = args.gopd_lambda_by_teacher or {}
+        self.lambdas = torch.tensor([float(by_teacher.get(key, args.gopd_lambda)) for key in self._ids])
+        self.weights = None
+        if args.gopd_weight_by_teacher:
+            self.weights = torch.tensor([float(args.gopd_weight_by_teacher.get(key, 1.0)) for key in self._ids])
+        self._id_column, self._lambda_column = args.teacher_id_column, args.lambda_column
+        self._has_lambda_column = False
+
+    @property
+    def _names(self) -> str:
+        return "one without an id" if self._ids == [None] else str(self._ids)
+
+    @property
+    def varies(self) -> bool:
+        """Whether rows may differ in λ."""
+        return self._has_lambda_column or len(set(self.lambdas.tolist())) > 1
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether some λ may differ from 1."""
+        return self._has_lambda_column or not bool((self.lambdas == 1).all())
+
+    @property
+    def uses_start(self) -> bool:
+        """Whether the student's start is a reference."""
+        return self.uses_reference and any(given is None for given in self.references.values())
+
+    def check_dataset(self, dataset, name: str) -> None:
+        """Raises `ValueError` for a row without a known teacher or with a λ that is none, where that can be seen."""
+        columns = getattr(dataset, "column_names", None)
+        if not isinstance(columns, list):
+            return
+        self._has_lambda_column |= self._lambda_column in columns
+        if self._ids != [None] and self._id_column not in columns:
+            raise ValueError(
+                f"`{name}` needs a column `{self._id_column}`, which says which of the teachers {self._ids} scores a "
+                f"row; it has {columns}. Add it, or set `teacher_id_column`."
+            )
+        if hasattr(dataset, "__len__"):
+            if self._ids != [None]:
+                for number, value in enumerate(dataset[self._id_column]):
+                    self._owner(value, f"row {number} of `{name}`")
+            if self._lambda_column in columns:
+                for number, value in enumerate(dataset[self._lambda_column]):
+                    self._lambda(value, f"row {number} of `{name}`")
+
+    def rows(self, inputs: Sequence[Mapping[str, Any]], device=None) -> tuple[Tensor, Tensor]:
+        """Index of the teacher, int64, and λ, float32, of each row: both of shape `(B,)`."""
+        owners, lambdas = [], []
+        for row in inputs:
+            where = f"the row with the prompt {row['prompt']!r}"
+            owners.append(0 if self._ids == [None] else self._owner(row.get(self._id_column), where))
+            own = row.get(self._lambda_column) if self._lambda_column in row else float(self.lambdas[owners[-1]])
+            lambdas.append(self._lambda(own, where))
+            if lambdas[-1] != 1 and not self.uses_reference:
+                raise ValueError(
+                    f"λ is {own} in {where}, but no reference was loaded, since `gopd_lambda` is 1 and the data set "
+                    f"does not say that it has a column `{self._lambda_column}`. Set `gopd_lambda` to the usual value."
+                )
+        return torch.tensor(owners, device=device), torch.tensor(lambdas, dtype=torch.float32, device=device)
+
+    def _owner(self, value: Any, where: str) -> int:
+        if value not in self._ids:
+            raise ValueError(
+                f"`{self._id_column}` is {value!r} in {where}, but the teachers are {self._ids}. Correct the row, or "
+                "add the teacher."
+            )
+        return self._ids.index(value)
+
+    def _lambda(self, value: Any, where: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"`{self._lambda_column}` must be a finite number >= 0, got {value!r} in {where}.")
+        return float(value)
+
+
 def load(
-    model: str | nn.Module, *, role: str, init_kwargs: dict[str, Any] | None, revision: str | None, args
+    model: str | nn.Module,
+    *,
+    role: str,
+    option: str,
+    init_kwargs: dict[str, Any] | None,
+    revision: str | None,
+    args,
 ) -> nn.Module:
     """
     The model itself, or the one loaded from a path in the dtype of its checkpoint.
@@ -30,7 +172,9 @@ def load(
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             What the user gave.
         role (`str`):
-            `"teacher_model"` or `"ref_model"`, for messages.
+            What the user calls it, for messages.
+        option (`str`):
+            `"teacher_model"` or `"ref_model"`, with which its options begin.
         init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments of `from_pretrained`; refused for a model that is already there.
         revision (`str`, *optional*):
@@ -41,12 +185,11 @@ def load(
     if not isinstance(model, str):
         if not isinstance(model, PreTrainedModel) and not hasattr(model, "get_base_model"):
             raise TypeError(
-                f"`{role}` must be a name or path, a `PreTrainedModel` or a `PeftModel`, got {type(model).__name__}. "
-                "Several teachers in one run are not supported yet."
+                f"`{role}` must be a name or path, a `PreTrainedModel` or a `PeftModel`, got {type(model).__name__}."
             )
         if init_kwargs:
             raise ValueError(
-                f"`{role}_init_kwargs={init_kwargs}` cannot act on a `{role}` that is already instantiated. Pass "
+                f"`{option}_init_kwargs={init_kwargs}` cannot act on a `{role}` that is already instantiated. Pass "
                 "its path, or drop them."
             )
         return model
@@ -57,6 +200,8 @@ def load(
         kwargs.setdefault("revision", revision)
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         kwargs["device_map"] = None  # "auto" would spread every rank's copy over all devices
+    if is_adapter(model, revision):
+        return AutoPeftModelForCausalLM.from_pretrained(model, **kwargs)
     return create_model_from_path(model, **kwargs)
 
 
@@ -70,9 +215,7 @@ def copy_start(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model)
 
 
-def check_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, model: nn.Module, given: str | nn.Module, *, role: str
-) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module, *, role: str) -> None:
     """
     Raises `ValueError` unless the model reads the student's token ids: the same tokenizer, and room for all its ids.
 
@@ -84,7 +227,7 @@ def check_tokenizer(
             f"`{role}` has a vocabulary of {width} ids, but the student's tokenizer has {len(tokenizer)}. Token ids "
             f"are scored as they are, so give a `{role}` with the student's tokenizer."
         )
-    source = given if isinstance(given, str) else model.config._name_or_path
+    source = model.config._name_or_path
     try:
         if not source:
             raise OSError("no path")
@@ -103,43 +246,137 @@ def check_tokenizer(
     )
 
 
-class Frozen:
+class Scorer(ABC):
     """
-    A frozen model, placed for the run.
+    What scores completions and is never trained.
 
     Args:
-        model (`torch.nn.Module`):
-            The model. Put in evaluation mode; its parameters stop requiring gradients.
         accelerator ([`~accelerate.Accelerator`]):
             Says how the run is distributed.
-        temperature (`float`):
-            Sampling temperature.
         batch_size (`int`):
             Rows a forward.
         chunk_size (`int`):
             Tokens whose logits exist at a time.
-        role (`str`):
-            For messages.
     """
 
-    def __init__(
-        self, model: nn.Module, *, accelerator, temperature: float, batch_size: int, chunk_size: int, role: str
-    ):
-        self.inner = FrozenModel(model, temperature)
+    def __init__(self, *, accelerator, batch_size: int, chunk_size: int):
         self.accelerator = accelerator
         self.batch_size, self.chunk_size = batch_size, chunk_size
-        base = self.inner.base
+
+    @property
+    @abstractmethod
+    def is_sharded(self) -> bool:
+        """Whether all ranks have to call it together."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Width of the logits, padding included."""
+
+    @property
+    @abstractmethod
+    def head(self) -> nn.Module:
+        """Output head, whose weight may have to be gathered."""
+
+    @abstractmethod
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor, num_tokens: int) -> Tensor:
+        """Hidden states `(B, num_tokens, D)` from which the last `num_tokens` ids are predicted."""
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Tempered float32 logits `(N, V)` of hidden states `(N, D)`."""
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor, completion_ids: Tensor) -> Tensor:
+        """Log-probabilities `(B, T)` in float32 nats of `completion_ids`, the last `T` columns of `input_ids`."""
+        with self.accelerator.autocast():
+            return score(
+                self.hidden,
+                self,
+                input_ids,
+                attention_mask,
+                completion_ids,
+                batch_size=self.batch_size,
+                chunk_size=self.chunk_size,
+                gather=gather_heads,
+            ).to(completion_ids.device)
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What tells this model from another one, as JSON can hold it: its name, its revision, and a checksum."""
+
+
+class Frozen(Scorer):
+    """
+    A model of its own, placed for the run.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model. Put in evaluation mode; its parameters stop requiring gradients.
+        temperature (`float`):
+            Sampling temperature.
+        role (`str`):
+            For messages.
+        offload (`bool`, *optional*, defaults to `False`):
+            Keep the weights in CPU memory, and have them on the device while a batch is scored. Models that are
+            quantized, placed by a device map or sharded stay where they are.
+        **kwargs:
+            Of [`Scorer`].
+    """
+
+    def __init__(self, model: nn.Module, *, temperature: float, role: str, offload: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = FrozenModel(model, temperature)
+        base, accelerator = self.inner.base, self.accelerator
         is_placed = getattr(base, "is_quantized", False) or len(getattr(base, "hf_device_map", {}) or {}) > 1
-        plugin = accelerator.state.deepspeed_plugin
-        is_sharded = not is_placed and (plugin is not None and plugin.zero_stage == 3 or _is_fsdp(accelerator))
-        if not is_placed and not is_sharded:
-            self.inner.to(accelerator.device)
-        if is_sharded:
+        self._is_sharded = not is_placed and is_sharded(accelerator)
+        self._offload = offload and not is_placed and not self._is_sharded
+        if not is_placed and not self._is_sharded:
+            self.inner.to("cpu" if self._offload else accelerator.device)
+        if self._is_sharded:
             prepare = prepare_fsdp if _is_fsdp(accelerator) else prepare_deepspeed
             self.call = prepare(self.inner, accelerator)
         else:
             self._check_head(role)
             self.call = self.inner
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor, completion_ids: Tensor) -> Tensor:
+        with self._on_device():
+            return super().score(input_ids, attention_mask, completion_ids)
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        if not self._offload:
+            yield
+            return
+        tensors = [*self.inner.parameters(), *self.inner.buffers()]
+        parked = [tensor.data for tensor in tensors]
+        try:
+            for tensor in tensors:
+                tensor.data = tensor.data.to(self.accelerator.device)
+            yield
+        finally:  # nothing was written, so nothing has to be copied back
+            for tensor, data in zip(tensors, parked, strict=True):
+                tensor.data = data
+
+    @property
+    def is_sharded(self) -> bool:
+        return self._is_sharded
+
+    @property
+    def vocab_size(self) -> int:
+        return self.inner.vocab_size
+
+    @property
+    def head(self) -> nn.Module:
+        return self.inner.head
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.inner.logits(hidden)
+
+    @torch.no_grad()
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor, num_tokens: int) -> Tensor:
+        with self.accelerator.autocast():
+            return self.call(input_ids, attention_mask, num_tokens)
 
     @torch.no_grad()
     def _check_head(self, role: str) -> None:
@@ -162,35 +399,307 @@ class Frozen:
                 "another model family."
             )
 
-    def score(self, input_ids: Tensor, attention_mask: Tensor, completion_ids: Tensor) -> Tensor:
-        """Log-probabilities `(B, T)` in float32 nats of `completion_ids`, the last `T` columns of `input_ids`."""
-        with self.accelerator.autocast():
-            return score(
-                self.call,
-                self.inner,
-                input_ids,
-                attention_mask,
-                completion_ids,
-                batch_size=self.batch_size,
-                chunk_size=self.chunk_size,
-                gather=gather_heads,
-            ).to(completion_ids.device)
+    def identity(self) -> dict[str, Any]:
+        base = self.inner.base
+        return {
+            "name": base.config._name_or_path or type(base).__name__,
+            "revision": getattr(base.config, "_commit_hash", None),
+            "weights": None if self.is_sharded else weights_digest(self.inner.model),
+        }
 
-    @torch.no_grad()
+
+class StudentAdapter(Scorer):
+    """
+    The student under another of its adapters, or under none: a frozen model that costs no weights.
+
+    Its forward must take `with_hidden_states`, as `expose_hidden_states` makes it.
+
+    Args:
+        student (`Callable`):
+            Returns the student as training holds it at the moment.
+        adapter (`str` or `None`):
+            Name of the adapter to switch on; `None` switches all of them off.
+        temperature (`float`):
+            Sampling temperature.
+        checkpointing_kwargs (`dict`, *optional*):
+            Of gradient checkpointing, which is off meanwhile.
+        **kwargs:
+            Of [`Scorer`].
+    """
+
+    def __init__(
+        self,
+        student: Callable[[], nn.Module],
+        adapter: str | None,
+        *,
+        temperature: float,
+        checkpointing_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.student, self.adapter = student, adapter
+        self.checkpointing_kwargs = checkpointing_kwargs
+        self.transform = logit_transform(self._base.config, temperature)
+
+    @property
+    def _peft(self) -> Any:
+        return self.accelerator.unwrap_model(self.student())
+
+    @property
+    def _base(self) -> Any:
+        return self._peft.get_base_model()
+
+    @property
+    def is_sharded(self) -> bool:
+        return is_sharded(self.accelerator)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._base.config.get_text_config().vocab_size)
+
+    @property
+    def head(self) -> nn.Module:
+        return self._base.get_output_embeddings()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.transform(project(self.head, hidden))
+
+    @contextmanager
+    def switched(self) -> Iterator[nn.Module]:
+        """The student without dropout and gradients, under this adapter; afterwards as it was."""
+        model = self.student()
+        with (
+            torch.no_grad(),
+            evaluation_mode(model),
+            disable_gradient_checkpointing(model, self.checkpointing_kwargs),
+            use_adapter(self._peft, self.adapter),
+        ):
+            yield model
+
     def hidden(self, input_ids: Tensor, attention_mask: Tensor, num_tokens: int) -> Tensor:
-        """Hidden states `(B, num_tokens, D)` from which the last `num_tokens` ids are predicted."""
-        with self.accelerator.autocast():
-            return self.call(input_ids, attention_mask, num_tokens)
+        with self.switched() as model, self.accelerator.autocast():
+            return model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                with_hidden_states=lambda hidden, head: hidden[:, -num_tokens - 1 : -1],
+            )
+
+    def identity(self) -> dict[str, Any]:
+        base = self._base
+        facts = {"name": base.config._name_or_path, "revision": getattr(base.config, "_commit_hash", None)}
+        if self.adapter is None:
+            return facts | {"adapter": None}
+        parameters = {n: p for n, p in self._peft.named_parameters() if f".{self.adapter}." in n}
+        digest = None if self.is_sharded else _digest(parameters)
+        return facts | {"adapter": self.adapter, "weights": digest}
+
+
+class Panel:
+    """
+    The frozen models in one role. Each row of a batch belongs to one of them, and is scored by that alone.
+
+    Args:
+        scorers (`Sequence[Scorer]`):
+            The models by owner; one that is there several times is called once.
+        accelerator ([`~accelerate.Accelerator`]):
+            Says how the run is distributed.
+    """
+
+    def __init__(self, scorers: Sequence[Scorer], accelerator):
+        self.scorers = list(dict.fromkeys(scorers))
+        self._index = torch.tensor([self.scorers.index(scorer) for scorer in scorers])
+        self.accelerator = accelerator
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        """Output heads of all models."""
+        return [scorer.head for scorer in self.scorers]
+
+    def _groups(self, owners: Tensor) -> Iterator[tuple[Scorer, Tensor, int]]:
+        """Models that have to be called, the rows to call them with, and how many of these are their own."""
+        if len(self.scorers) == 1:
+            yield self.scorers[0], torch.arange(len(owners), device=owners.device), len(owners)
+            return
+        index = self._index.to(owners.device)[owners]
+        for number, scorer in enumerate(self.scorers):
+            rows = (index == number).nonzero().squeeze(1)
+            count = called = len(rows)
+            if scorer.is_sharded:
+                called = int(self.accelerator.gather(rows.new_tensor([count])).max())
+            if called:
+                # Any row will do to keep in step with the rank that has most.
+                yield scorer, torch.cat([rows, rows.new_zeros(called - count)]), count
+
+    def score(self, owners: Tensor, input_ids: Tensor, attention_mask: Tensor, completion_ids: Tensor) -> Tensor:
+        """
+        Log-probabilities of the completions.
+
+        Args:
+            owners (`torch.Tensor` of shape `(B,)`):
+                Which of the models a row belongs to.
+            input_ids (`torch.Tensor` of shape `(B, L)`), attention_mask (`torch.Tensor` of shape `(B, L)`):
+                Prompts, padded left, and completions, padded right.
+            completion_ids (`torch.Tensor` of shape `(B, T)`):
+                The last `T` columns of `input_ids`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T)`: float32 nats.
+        """
+        result = torch.empty(completion_ids.shape, dtype=torch.float32, device=completion_ids.device)
+        for scorer, rows, count in self._groups(owners):
+            logps = scorer.score(input_ids[rows], attention_mask[rows], completion_ids[rows])
+            result[rows[:count]] = logps[:count]
+        return result
+
+    def targets(
+        self, owners: Tensor, input_ids: Tensor, attention_mask: Tensor, tokens: Tensor
+    ) -> Callable[[slice], Tensor]:
+        """
+        The distributions of the models at the tokens of a batch.
+
+        Args:
+            owners, input_ids, attention_mask:
+                As for `score`.
+            tokens (`torch.Tensor` of shape `(B, T)`):
+                Which of the last `T` tokens are meant, N of them.
+
+        Returns:
+            `Callable`: from a slice of the N tokens, in the order of `tokens`, to tempered float32 logits `(n, V)`
+            over the ids that all models have.
+        """
+        numbers = torch.zeros(tokens.shape, dtype=torch.long, device=tokens.device)
+        numbers[tokens] = torch.arange(int(tokens.sum()), device=tokens.device)
+        parts = []
+        for scorer, rows, count in self._groups(owners):
+            own = rows[:count]
+            hidden = scorer.hidden(input_ids[rows], attention_mask[rows], tokens.size(1))[:count]
+            parts.append((scorer, hidden[tokens[own]], numbers[own][tokens[own]]))
+        width = min(scorer.vocab_size for scorer in self.scorers)
+
+        def logits(rows: slice) -> Tensor:
+            pieces, places = [], []
+            for scorer, hidden, positions in parts:  # positions ascend, so those of a slice are neighbours
+                first, last = torch.searchsorted(positions, positions.new_tensor([rows.start, rows.stop])).tolist()
+                if first < last:
+                    pieces.append(scorer.logits(hidden[first:last])[:, :width])
+                    places.append(positions[first:last] - rows.start)
+            if len(pieces) == 1:
+                return pieces[0]
+            return torch.cat(pieces)[torch.cat(places).argsort()]
+
+        return logits
+
+
+def is_sharded(accelerator) -> bool:
+    """Whether a model that is prepared for this run is split over ranks."""
+    plugin = accelerator.state.deepspeed_plugin
+    return _is_fsdp(accelerator) or plugin is not None and plugin.zero_stage == 3
 
 
 def _is_fsdp(accelerator) -> bool:
     return getattr(accelerator.state, "fsdp_plugin", None) is not None
 
 
+def weights_digest(model: nn.Module) -> str:
+    """Checksum of the beginning of every parameter: cheap, and another for any other training of the same model."""
+    return _digest(dict(model.named_parameters()))
+
+
+def _digest(parameters: Mapping[str, Tensor]) -> str:
+    value = 0
+    for _, parameter in sorted(parameters.items()):
+        start = parameter.detach().flatten()[:64].cpu().contiguous()
+        value = zlib.crc32(start.view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
+
+
 def is_fresh_adapter(model: nn.Module) -> bool:
     """Whether a PEFT model's active adapters still change nothing: every LoRA B matrix is zero."""
     weights = [p for name, p in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
     return bool(weights) and all(not weight.detach().any() for weight in weights)
+
+
+def is_same_model(name: str, other: str | None) -> bool:
+    """Whether two names or paths mean one model."""
+    if not other:
+        return False
+    return name == other or os.path.isdir(name) and os.path.realpath(name) == os.path.realpath(other)
+
+
+def is_adapter(given: str, revision: str | None) -> bool:
+    """Whether a name or path holds an adapter and not a model."""
+    return is_peft_available() and find_adapter_config_file(given, revision=revision) is not None
+
+
+def fits_student(given: str, student: nn.Module, revision: str | None) -> bool:
+    """
+    Whether a name or path holds an adapter that can be put beside the student's own: on the same base, inside the
+    backbone, with no dense weights of its own.
+    """
+    if not is_adapter(given, revision) or not isinstance(student, PeftModel):
+        return False
+    config = PeftConfig.from_pretrained(given, revision=revision)
+    base = student.get_base_model()
+    return (
+        is_same_model(config.base_model_name_or_path, base.config._name_or_path)
+        and not config.is_prompt_learning
+        and not getattr(config, "modules_to_save", None)
+        and not any("lm_head" in name for name in getattr(config, "target_modules", None) or ())
+    )
+
+
+def put_on_student(given: str, student: "PeftModel", *, name: str, role: str, revision: str | None) -> None:
+    """Loads an adapter beside the student's own, frozen, under `name`."""
+    if name in student.peft_config:
+        raise ValueError(
+            f"`{role}` ({given}) would share the student's weights as its adapter {name!r}, but the student already "
+            f"has one of that name. Rename the student's; it has {sorted(student.peft_config)}."
+        )
+    active = student.active_adapter
+    student.load_adapter(given, adapter_name=name, is_trainable=False, revision=revision)
+    student.set_adapter(active)
+    logger.info("`%s` (%s) is an adapter on the student's base, and shares the student's weights.", role, given)
+
+
+@contextmanager
+def without_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """A body that saves a PEFT model does not see these adapters: they are not the run's to save."""
+    configs = {name: model.peft_config.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        if configs:
+            model.peft_config.update(configs)
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Writes which models a run has, beside its checkpoint."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(manifest, indent=1) + "\n")
+    part.replace(path)
+
+
+def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Raises `ValueError` if the run that wrote a checkpoint had other frozen models than this one."""
+    if not path.is_file():
+        logger.warning("%s is not there, so the frozen models could not be compared with the checkpoint's.", path)
+        return
+    saved = json.loads(path.read_text())
+    for role, models in manifest.items():
+        if saved[role].keys() != models.keys():
+            raise ValueError(
+                f"The checkpoint {path.parent} was trained with the {role} {list(saved[role])}, and this run has "
+                f"{list(models)}. Pass the same ones, or start anew with another `output_dir`."
+            )
+        for key, model in models.items():
+            before = saved[role][key]
+            compared = ["weights"] if before.get("weights") and model.get("weights") else ["name", "revision"]
+            if any(before[name] != model[name] for name in compared):
+                raise ValueError(
+                    f"The checkpoint {path.parent} was trained with {before} among its {role}"
+                    f"{f' as {key!r}' if key else ''}, and this run has {model}. Pass the same model, or start anew "
+                    "with another `output_dir`."
+                )
 
 
 def add_reference_adapter(model: nn.Module) -> None:

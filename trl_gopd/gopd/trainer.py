@@ -5,30 +5,31 @@ import os
 import textwrap
 import types
 import warnings
-from contextlib import contextmanager
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import trl
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import is_peft_available
 from trl import GRPOTrainer
 
 from . import teachers
-from ._trl import (
-    disable_gradient_checkpointing,
-    gather_heads,
-    get_config_model_id,
-    use_adapter,
-)
+from ._trl import disable_gradient_checkpointing, gather_heads, get_config_model_id
 from .config import GOPDConfig
-from .objective import extrapolated_divergence, implicit_rewards, lambda_is_one, token_advantages
-from .scoring import evaluation_mode, logit_transform, project
+from .objective import extrapolated_divergence, implicit_rewards, token_advantages
+from .scoring import logit_transform
 
 
 if is_peft_available():
     from peft import PeftConfig, PeftModel, PromptLearningConfig
+
+
+MANIFEST = "gopd_models.json"
+PER_TEACHER = ("reverse_kl", "teacher_logp", "advantage_mean", "implicit_reward", "clip_share", "lambda")
 
 
 def _null_reward(prompts, **kwargs) -> list[float]:
@@ -63,13 +64,18 @@ class GOPDTrainer(GRPOTrainer):
     Args:
         model (`str` or `os.PathLike` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The student.
-        teacher_model (`str` or `os.PathLike` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+        teacher_model (`str` or `os.PathLike` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`] or `dict`, \
+            *optional*):
             The teacher π*; may be quantized. Defaults to `args.teacher_model_name_or_path`. A name or path is loaded
-            in the dtype of its checkpoint. It must have the student's tokenizer; padded vocabularies may differ.
+            in the dtype of its checkpoint. It must have the student's tokenizer; padded vocabularies may differ. A
+            dictionary holds several teachers by id; the column `teacher_id` says which of them scores a row, and it
+            alone is run on it. If the student is a base with an adapter, a name or path of another adapter on the
+            same base shares the student's weights.
         args ([`GOPDConfig`], *optional*):
             Configuration. Defaults to a plain one with the directory `{model}-GOPD`.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows with a `prompt`, a string or a list of messages.
+            Rows with a `prompt`, a string or a list of messages; with several teachers a `teacher_id`; and, if rows
+            have a reward scale of their own, `lambda`.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
             The same, for evaluation.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -84,11 +90,12 @@ class GOPDTrainer(GRPOTrainer):
             Adapter to train.
         tools (`list[Callable]`, *optional*):
             As in [`~trl.GRPOTrainer`].
-        ref_model (`str` or `os.PathLike` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+        ref_model (`str` or `os.PathLike` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`] or `dict`, \
+            *optional*):
             The reference π_ref; the teacher's pre-RL model gives reward correction. Defaults to
             `args.ref_model_name_or_path`, then to the student's start: the adapter switched off if it is fresh, a
-            frozen copy of it if it is trained, a frozen copy of the whole student without an adapter. Not used, and
-            not loaded, when λ is 1.
+            frozen copy of it if it is trained, a frozen copy of the whole student without an adapter. A dictionary
+            holds one for each teacher id. Not used, and not loaded, when every λ is 1.
         reward_funcs (`Callable` or `str` or [`~transformers.PreTrainedModel`] or `list`, *optional*):
             Task rewards. Their group advantage, as GRPO computes it, is added to every token's.
         **grpo_kwargs:
@@ -128,10 +135,7 @@ class GOPDTrainer(GRPOTrainer):
         **grpo_kwargs,
     ):
         # A path is a name to everything below, in TRL too.
-        model, teacher_model, ref_model = (
-            os.fspath(given) if isinstance(given, os.PathLike) else given
-            for given in (model, teacher_model, ref_model)
-        )
+        model, teacher_model, ref_model = map(_as_name, (model, teacher_model, ref_model))
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GOPDConfig(f"{name.split('/')[-1]}-GOPD")
@@ -139,14 +143,20 @@ class GOPDTrainer(GRPOTrainer):
             raise TypeError(
                 f"`args` must be a `GOPDConfig`, got {type(args).__name__}. Build one with the same fields."
             )
-        teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
-        ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
+        if teacher_model is None:
+            teacher_model = args.teacher_models or args.teacher_model_name_or_path
+        if ref_model is None:
+            ref_model = args.ref_models or args.ref_model_name_or_path
         if teacher_model is None:
             raise ValueError(
                 "No teacher: `teacher_model` and `args.teacher_model_name_or_path` are both None. Pass one of them."
             )
-        _check_dataset(train_dataset, "train_dataset")
-        _check_dataset(eval_dataset, "eval_dataset")
+        self._routing = teachers.Routing(teacher_model, ref_model, args)
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            parts = {f"{name}[{key!r}]": part for key, part in dataset.items()} if isinstance(dataset, dict) else {}
+            for part_name, part in (parts or {name: dataset}).items():
+                _check_dataset(part, part_name)
+                self._routing.check_dataset(part, part_name)
         self._has_rewards = bool(reward_funcs) or grpo_kwargs.get("environment_factory") is not None
         if self._has_rewards and args.num_generations < 2:
             raise ValueError(
@@ -157,15 +167,12 @@ class GOPDTrainer(GRPOTrainer):
             raise ValueError(
                 "`reward_funcs` act on the sampled tokens, which `gopd_estimator='full'` does not use. Use 'sampled'."
             )
-        self._uses_reference = not lambda_is_one(args.gopd_lambda)
-        if ref_model is not None and not self._uses_reference:
+        if ref_model is not None and not self._routing.uses_reference:
             warnings.warn(
                 "`ref_model` is not loaded: with `gopd_lambda=1` it cancels out of the objective.", stacklevel=2
             )
         # What the reference is by default has to be settled before GRPO wraps, and changes, the student.
-        start, self._reference_adapter = None, None
-        if self._uses_reference and ref_model is None:
-            start = self._student_start(model, args, peft_config)
+        start = self._student_start(model, args, peft_config) if self._routing.uses_start else None
 
         super().__init__(
             model=model,
@@ -182,19 +189,40 @@ class GOPDTrainer(GRPOTrainer):
             **grpo_kwargs,
         )
         self._check_student()
-        if args.gopd_estimator == "full":
-            _expose_hidden_states(self._student_base)
-
-        self.teacher = self._freeze(
-            teacher_model, "teacher_model", args.teacher_model_init_kwargs, args.teacher_model_revision
+        self._shared_adapters: list[str] = []
+        self._scorers: dict[tuple, teachers.Scorer] = {}
+        self.teachers = {
+            key: self._scorer(
+                given,
+                key,
+                role="teacher_model",
+                init_kwargs=args.teacher_model_init_kwargs,
+                revision=args.teacher_model_revision,
+            )
+            for key, given in self._routing.teachers.items()
+        }
+        self.references = {}
+        if self._routing.uses_reference:
+            self.references = {
+                key: self._start_scorer(start)
+                if given is None
+                else self._scorer(
+                    given,
+                    key,
+                    role="ref_model",
+                    init_kwargs=args.ref_model_init_kwargs,
+                    revision=args.ref_model_revision,
+                )
+                for key, given in self._routing.references.items()
+            }
+        self._teacher_panel = teachers.Panel(list(self.teachers.values()), self.accelerator)
+        self._reference_panel = (
+            teachers.Panel(list(self.references.values()), self.accelerator) if self.references else None
         )
-        self.reference = None
-        if self._uses_reference and ref_model is not None:
-            self.reference = self._freeze(ref_model, "ref_model", args.ref_model_init_kwargs, args.ref_model_revision)
-        elif start is not None:
-            kwargs = args.model_init_kwargs if isinstance(start, str) else None
-            kwargs = {key: value for key, value in (kwargs or {}).items() if key != "dtype"}
-            self.reference = self._freeze(start, "ref_model", kwargs, None)
+        if args.gopd_estimator == "full" or any(
+            isinstance(scorer, teachers.StudentAdapter) for scorer in self._scorers.values()
+        ):
+            _expose_hidden_states(self._student_base)
         self._pending = None  # the micro-batch whose log-probabilities the inherited loss is about to ask for
         # Loading frozen models may draw random numbers; what the student samples must not depend on it.
         set_seed(args.seed, device_specific=True)
@@ -203,34 +231,76 @@ class GOPDTrainer(GRPOTrainer):
 
     def _student_start(self, model, args: GOPDConfig, peft_config) -> "str | nn.Module | None":
         """The default reference: a path or a model to freeze, or `None` when an adapter is switched instead."""
+        self._start_adapter = None  # all of them off
         if peft_config is not None:
-            self._reference_adapter = "off"
             return None
         if is_peft_available() and isinstance(model, PeftModel):
-            if teachers.is_fresh_adapter(model):
-                self._reference_adapter = "off"
-            else:
-                self._reference_adapter = "ref"
+            if not teachers.is_fresh_adapter(model):
+                self._start_adapter = "ref"
                 if args.beta == 0:  # otherwise GRPO adds the same copy itself
                     teachers.add_reference_adapter(model)
             return None
         return model if isinstance(model, str) else teachers.copy_start(model)
 
-    def _freeze(self, given, role: str, init_kwargs, revision) -> teachers.Frozen:
-        model = teachers.load(given, role=role, init_kwargs=init_kwargs, revision=revision, args=self.args)
+    def _start_scorer(self, start: "str | nn.Module | None") -> teachers.Scorer:
+        if start is None:
+            return self._student_adapter(self._start_adapter)
+        kwargs = self.args.model_init_kwargs if isinstance(start, str) else None
+        kwargs = {key: value for key, value in (kwargs or {}).items() if key != "dtype"}
+        return self._scorer(start, None, role="ref_model", init_kwargs=kwargs, revision=None)
+
+    def _scorer(self, given, teacher_id: str | None, *, role: str, init_kwargs, revision) -> teachers.Scorer:
+        """What scores with a model that the user gave; the same one for the same model."""
+        source = (given if isinstance(given, str) else id(given), revision, repr(init_kwargs))
+        if source in self._scorers:
+            return self._scorers[source]
+        label = role if teacher_id is None else f"{role}[{teacher_id!r}]"
+        student = self.accelerator.unwrap_model(self.model)
+        if isinstance(given, str) and teachers.fits_student(given, student, revision):
+            name = role if teacher_id is None else f"{role}_{teacher_id.replace('.', '_')}"
+            teachers.put_on_student(given, student, name=name, role=label, revision=revision)
+            self._shared_adapters.append(name)
+            scorer = self._student_adapter(name)
+        else:
+            scorer = self._frozen(given, label, role, init_kwargs, revision)
+        self._scorers[source] = scorer
+        return scorer
+
+    def _student_adapter(self, name: str | None) -> teachers.Scorer:
+        if ("student", name) not in self._scorers:
+            self._scorers["student", name] = teachers.StudentAdapter(
+                lambda: self.model,
+                name,
+                temperature=self.temperature,
+                checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+                **self._scorer_options,
+            )
+        return self._scorers["student", name]
+
+    def _frozen(self, given, label: str, role: str, init_kwargs, revision) -> teachers.Scorer:
+        model = teachers.load(
+            given, role=label, option=role, init_kwargs=init_kwargs, revision=revision, args=self.args
+        )
         if model is self.model or model is self._student_base:
             raise ValueError(
-                f"`{role}` is the student itself, which training changes. Pass a path or another instance of it."
+                f"`{label}` is the student itself, which training changes. Pass a path or another instance of it."
             )
-        teachers.check_tokenizer(self._tokenizer, model, given, role=role)
+        teachers.check_tokenizer(self._tokenizer, model, role=label)
         return teachers.Frozen(
             model,
-            accelerator=self.accelerator,
             temperature=self.temperature,
-            batch_size=self.args.per_device_train_batch_size,
-            chunk_size=self.args.gopd_chunk_size,
-            role=role,
+            role=label,
+            offload=self.args.offload_frozen_models,
+            **self._scorer_options,
         )
+
+    @property
+    def _scorer_options(self) -> dict:
+        return {
+            "accelerator": self.accelerator,
+            "batch_size": self.args.per_device_train_batch_size,
+            "chunk_size": self.args.gopd_chunk_size,
+        }
 
     @property
     def _student_base(self) -> PreTrainedModel:
@@ -247,18 +317,31 @@ class GOPDTrainer(GRPOTrainer):
                 "'sampled', or a LoRA adapter."
             )
 
-    @contextmanager
-    def _as_reference(self):
-        """The student as its own frozen reference: its adapter off, or the copy of its start, without dropout."""
-        model = self.accelerator.unwrap_model(self.model)
-        adapter = None if self._reference_adapter == "off" else "ref"
-        with (
-            torch.no_grad(),
-            evaluation_mode(self.model),
-            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
-            use_adapter(model, adapter),
-        ):
-            yield
+    # Checkpoints
+
+    def _save(self, output_dir=None, state_dict=None):
+        with teachers.without_adapters(self.accelerator.unwrap_model(self.model), self._shared_adapters):
+            super()._save(output_dir, state_dict)
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            teachers.write_manifest(folder / MANIFEST, self._manifest())
+
+    def _manifest(self) -> dict:
+        roles = {"teachers": self.teachers, "references": self.references}
+        return {
+            role: {key or "": scorer.identity() for key, scorer in scorers.items()} for role, scorers in roles.items()
+        }
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        if folder:
+            teachers.check_manifest(Path(folder, MANIFEST), self._manifest())
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # One generation batch
 
@@ -266,10 +349,12 @@ class GOPDTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         if "pixel_values" in output:  # from a tool, or from rows without column names
             raise NotImplementedError("Rows with images are not supported: frozen models score text only.")
+        owners, lambdas = self._routing.rows(inputs, device=output["completion_ids"].device)
+        output.update(teacher_index=owners, gopd_lambda=lambdas)
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
         seen = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
         if self.args.gopd_estimator == "sampled" or self.args.log_completions:
-            scores = self._score(ids, seen, output["completion_ids"])
+            scores = self._score(output, ids, seen)
             if self.args.log_completions and not self._has_rewards:
                 self._log_row_advantages(output, scores, ids, seen)
             if self.args.gopd_estimator == "sampled":
@@ -278,14 +363,12 @@ class GOPDTrainer(GRPOTrainer):
             self._drop_null_reward()
         return output
 
-    def _score(self, ids: Tensor, seen: Tensor, completion_ids: Tensor) -> dict[str, Tensor]:
-        """Log-probabilities `(B, T)` of the completions under teacher and, if it is used, reference."""
-        scores = {"teacher_logps": self.teacher.score(ids, seen, completion_ids)}
-        if self.reference is not None:
-            scores["reference_logps"] = self.reference.score(ids, seen, completion_ids)
-        elif self._uses_reference:
-            with self._as_reference():
-                scores["reference_logps"] = self._student_logps(ids, seen, completion_ids.size(1))
+    def _score(self, output, ids: Tensor, seen: Tensor) -> dict[str, Tensor]:
+        """Log-probabilities `(B, T)` of the completions under teachers and, if they are used, references."""
+        arguments = (output["teacher_index"], ids, seen, output["completion_ids"])
+        scores = {"teacher_logps": self._teacher_panel.score(*arguments)}
+        if self._reference_panel is not None:
+            scores["reference_logps"] = self._reference_panel.score(*arguments)
         return scores
 
     def _student_logps(self, ids: Tensor, seen: Tensor, num_tokens: int) -> Tensor:
@@ -301,7 +384,7 @@ class GOPDTrainer(GRPOTrainer):
         if student_logps is None:
             with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
                 student_logps = self._student_logps(ids, seen, mask.size(1))
-        advantages, _ = self._sampled_advantages(scores, student_logps, mask)
+        advantages, _ = self._sampled_advantages(output | scores, student_logps, mask)
         rows = self.accelerator.gather(advantages.sum(1) / mask.sum(1).clamp(min=1)).tolist()
         for _ in range(min(len(rows), len(self._logs["advantages"]))):
             self._logs["advantages"].pop()
@@ -348,6 +431,7 @@ class GOPDTrainer(GRPOTrainer):
         student_logps = results[0].detach() if student_logps is None else student_logps
         advantages, known = self._sampled_advantages(inputs, student_logps, mask)
         self._log_objective(
+            inputs,
             known,
             log_ratios=student_logps.float() - inputs["teacher_logps"],
             advantages=advantages,
@@ -356,8 +440,12 @@ class GOPDTrainer(GRPOTrainer):
             outside=mask * (1 - known),
         )
         # GRPO's own advantages are zero without `reward_funcs`.
-        inputs["advantages"] = advantages + inputs["advantages"].unsqueeze(1) * mask
+        inputs["advantages"] = self._weighted(inputs, advantages + inputs["advantages"].unsqueeze(1) * mask)
         return results
+
+    def _weighted(self, inputs, advantages: Tensor) -> Tensor:
+        weights = self._routing.weights
+        return advantages if weights is None else advantages * weights.to(advantages)[inputs["teacher_index"], None]
 
     def _sampled_advantages(self, scores, student_logps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Advantages `(B, T)`, and `mask` without the ids that a frozen model does not have."""
@@ -372,7 +460,7 @@ class GOPDTrainer(GRPOTrainer):
             teacher_logps=teacher_logps,
             reference_logps=reference_logps,
             mask=known,
-            gopd_lambda=self.args.gopd_lambda,
+            gopd_lambda=scores["gopd_lambda"],
             extrapolation_clip=self.args.gopd_extrapolation_clip,
         )
         return advantages, known
@@ -384,48 +472,34 @@ class GOPDTrainer(GRPOTrainer):
         """
         tokens = mask.bool()
         labels = inputs["completion_ids"][tokens]
-        frozen = self.teacher
-        teacher_hidden = frozen.hidden(input_ids, attention_mask, num_tokens)[tokens]
-        reference_hidden, reference_inner = None, None
-        if self.reference is not None:
-            reference_inner = self.reference.inner
-            reference_hidden = self.reference.hidden(input_ids, attention_mask, num_tokens)[tokens]
-        elif self._uses_reference:
-            with self._as_reference():
-                reference_hidden = model(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    with_hidden_states=lambda hidden, head: (hidden[:, -num_tokens - 1 : -1][tokens],),
-                )[0]
-        student_base = self._student_base
-        transform = logit_transform(student_base.config, self.temperature)
+        owners = inputs["teacher_index"]
+        teacher_logits = self._teacher_panel.targets(owners, input_ids, attention_mask, tokens)
+        reference_logits, heads = None, self._teacher_panel.heads
+        if self._reference_panel is not None:
+            reference_logits = self._reference_panel.targets(owners, input_ids, attention_mask, tokens)
+            heads = heads + self._reference_panel.heads
+        transform = logit_transform(self._student_base.config, self.temperature)
+        lambdas = inputs["gopd_lambda"].unsqueeze(1).expand(mask.shape)[tokens]
+
+        def target_logits(rows: slice) -> tuple[Tensor, Tensor | None]:
+            return teacher_logits(rows), None if reference_logits is None else reference_logits(rows)
 
         def divergence(hidden: Tensor, head: nn.Module) -> tuple[Tensor | None, ...]:
             weight, bias = head.weight, head.bias
             if hasattr(weight, "full_tensor"):  # FSDP2
                 weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-
-            def target_logits(rows: slice):
-                teacher = frozen.inner.logits(teacher_hidden[rows])
-                if reference_hidden is None:
-                    return teacher, None
-                if reference_inner is not None:
-                    return teacher, reference_inner.logits(reference_hidden[rows])
-                # The reference is the student without its adapter, and the head has none.
-                return teacher, transform(project(head, reference_hidden[rows]))
-
-            heads = [head, frozen.inner.head, None if reference_inner is None else reference_inner.head]
+            whole = list(dict.fromkeys([head, *heads]))  # the student's own may be there twice
             output = extrapolated_divergence(
                 hidden[:, -num_tokens - 1 : -1][tokens],
                 weight,
                 bias,
                 labels=labels,
                 target_logits=target_logits,
-                gopd_lambda=self.args.gopd_lambda,
+                gopd_lambda=lambdas,
                 transform=transform,
                 extrapolation_clip=self.args.gopd_extrapolation_clip,
                 chunk_size=self.args.gopd_chunk_size,
-                gather=lambda: gather_heads(*heads),
+                gather=lambda: gather_heads(*whole),
             )
             return (
                 output.divergence,
@@ -444,10 +518,11 @@ class GOPDTrainer(GRPOTrainer):
             return value.new_zeros(mask.shape).masked_scatter(tokens, value)
 
         divergences, student_logps, teacher_logps, reference_logps, entropy, reverse_kl = map(scatter, values)
-        inputs["advantages"] = -divergences
+        inputs["advantages"] = self._weighted(inputs, -divergences)
         finite = student_logps.masked_fill(student_logps.isneginf(), 0.0)
         known = mask * ~(teacher_logps.isneginf() | student_logps.isneginf())
         self._log_objective(
+            inputs,
             known,
             log_ratios=reverse_kl,
             advantages=-divergences.detach(),
@@ -460,10 +535,11 @@ class GOPDTrainer(GRPOTrainer):
     # Metrics
 
     @torch.no_grad()
-    def _log_objective(self, mask, *, log_ratios, advantages, teacher_logps, reference_logps, outside):
-        """Token means over all ranks, each from one sum and one count."""
+    def _log_objective(self, inputs, mask, *, log_ratios, advantages, teacher_logps, reference_logps, outside):
+        """Token means over all ranks, each from one sum and one count; of several teachers, also of each one."""
         mask = mask.bool()
         advantages = advantages.masked_fill(~mask, 0.0)
+        lambdas = inputs["gopd_lambda"].unsqueeze(1)
         means = {
             "reverse_kl": log_ratios,
             "teacher_logp": teacher_logps,
@@ -471,11 +547,13 @@ class GOPDTrainer(GRPOTrainer):
             "advantage_square": advantages.square(),
             "advantage_positive_share": (advantages > 0).float(),
         }
+        if self._routing.varies:
+            means["lambda"] = lambdas.expand(mask.shape)
         if reference_logps is not None:
             clip = self.args.gopd_extrapolation_clip
             logps = {"teacher_logps": teacher_logps, "reference_logps": reference_logps}
             rewards = implicit_rewards(**logps)
-            extrapolation = (self.args.gopd_lambda - 1) * implicit_rewards(**logps, extrapolation_clip=clip)
+            extrapolation = (lambdas - 1) * implicit_rewards(**logps, extrapolation_clip=clip)
             means |= {
                 "implicit_reward": rewards,
                 "extrapolation": extrapolation,
@@ -484,24 +562,41 @@ class GOPDTrainer(GRPOTrainer):
             }
             if clip is not None:
                 means["clip_share"] = (rewards.abs() > clip).float()
-        sums = torch.stack([value.float().masked_fill(~mask, 0.0).sum() for value in means.values()])
-        counts = torch.stack([mask.sum().float(), outside.sum().float()])
-        totals = self.accelerator.reduce(torch.cat([sums, counts]), reduction="sum")
-        *totals, count, left_out = totals.tolist()
+        values = torch.stack([value.float().masked_fill(~mask, 0.0).sum(1) for value in means.values()])
+        counts = torch.stack([mask.sum(1).float(), outside.sum(1).float()])
+        rows = torch.cat([values, counts])  # (names, B)
+        owners = torch.arange(len(self.teachers), device=rows.device) == inputs["teacher_index"].unsqueeze(1)
+        totals = self.accelerator.reduce(rows @ owners.float(), reduction="sum")  # (names, teachers)
+        largest = self.accelerator.gather(
+            advantages.abs().max().reshape(1) if advantages.numel() else rows.new_zeros(1)
+        )
+        *sums, count, left_out = totals.sum(1).tolist()
         if count == 0:
             return
-        mean = {name: total / count for name, total in zip(means, totals, strict=True)}
-        largest = self.accelerator.gather(advantages.abs().max().reshape(1) if advantages.numel() else counts[:1] * 0)
+        mean = {name: total / count for name, total in zip(means, sums, strict=True)}
         variance = max(mean.pop("advantage_square") - mean["advantage_mean"] ** 2, 0.0)
-        values = {**mean, "advantage_std": variance**0.5, "advantage_abs_max": largest.max().item()}
+        metrics = {**mean, "advantage_std": variance**0.5, "advantage_abs_max": largest.max().item()}
         if "extrapolation_abs" in mean:
-            parts = values.pop("extrapolation_abs"), values.pop("distillation_abs")
-            values["extrapolation_share"] = parts[0] / max(sum(parts), torch.finfo(torch.float32).tiny)
+            parts = metrics.pop("extrapolation_abs"), metrics.pop("distillation_abs")
+            metrics["extrapolation_share"] = parts[0] / max(sum(parts), torch.finfo(torch.float32).tiny)
         if left_out:
-            values["outside_vocabulary_share"] = left_out / (count + left_out)
+            metrics["outside_vocabulary_share"] = left_out / (count + left_out)
+        if len(self.teachers) > 1:
+            for key, (*own_sums, own, _) in zip(self.teachers, totals.T.tolist(), strict=True):
+                metrics[f"{key}/token_share"] = own / count
+                for name, total in zip(means, own_sums, strict=True):
+                    if own and name in PER_TEACHER:
+                        metrics[f"{key}/{name}"] = total / own
         mode = "train" if self.model.training else "eval"
-        for name, value in values.items():
+        for name, value in metrics.items():
             self._metrics[mode][f"gopd/{name}"].append(value)
+
+
+def _as_name(given):
+    """A path as a string, in a dictionary too."""
+    if isinstance(given, Mapping):
+        return {key: _as_name(value) for key, value in given.items()}
+    return os.fspath(given) if isinstance(given, os.PathLike) else given
 
 
 def _loss_mask(inputs) -> Tensor:
