@@ -20,6 +20,18 @@ from trl_gopd.gopd.teachers import StudentAdapter
 from trl_gopd.gopd.trainer import GOPDTrainer
 
 
+TRAINER_ARGUMENTS = (
+    "teacher_model",
+    "ref_model",
+    "peft_config",
+    "reward_funcs",
+    "eval_dataset",
+    "train_dataset",
+    "teacher_prompt",
+    "teacher_processing_class",
+)
+
+
 class ScriptedTrainer(GOPDTrainer):
     """Completions depend on the prompt and the step alone, so that runs of other layouts see the same tokens."""
 
@@ -49,11 +61,7 @@ def make(models, tmp_path, prompts, tokenizer):
     """Builds a trainer; keyword arguments go to the trainer or to the configuration."""
 
     def build(cls=Recording, model=None, **kwargs):
-        arguments = {
-            name: kwargs.pop(name)
-            for name in ("teacher_model", "ref_model", "peft_config", "reward_funcs", "eval_dataset", "train_dataset")
-            if name in kwargs
-        }
+        arguments = {name: kwargs.pop(name) for name in TRAINER_ARGUMENTS if name in kwargs}
         config = {
             "output_dir": str(tmp_path / "out"),
             "per_device_train_batch_size": 4,

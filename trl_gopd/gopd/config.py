@@ -66,6 +66,13 @@ class GOPDConfig(GRPOConfig):
             Several teachers by teacher id, when none is passed to the trainer.
         teacher_id_column (`str`, *optional*, defaults to `"teacher_id"`):
             Column of the data set that says which of several teachers scores a row.
+        teacher_prompt_column (`str`, *optional*, defaults to `"teacher_prompt"`):
+            Column of the data set with the prompt, a string or messages, that the teacher reads instead of `prompt`
+            before it scores the student's completion: the problem with its solution, for example. The reference reads
+            `prompt`.
+        overlong_teacher_prompts (`str`, *optional*, defaults to `"raise"`):
+            What becomes of a row whose teacher's prompt and completion exceed the teacher's context: `"raise"`, or
+            `"drop"` to leave it out of the loss. Nothing is ever truncated.
         offload_frozen_models (`bool`, *optional*, defaults to `False`):
             Whether teachers and references wait in CPU memory, and are on the device only while they score. Not with
             `gopd_estimator="full"`, which needs their heads in the backward pass.
@@ -152,6 +159,17 @@ class GOPDConfig(GRPOConfig):
     teacher_id_column: str = field(
         default="teacher_id", metadata={"help": "Column of the data set that says which teacher scores a row."}
     )
+    teacher_prompt_column: str = field(
+        default="teacher_prompt",
+        metadata={"help": "Column of the data set with the prompt that the teacher reads instead of the student's."},
+    )
+    overlong_teacher_prompts: str = field(
+        default="raise",
+        metadata={
+            "help": "What becomes of a row whose teacher's prompt and completion exceed the teacher's context.",
+            "choices": ["raise", "drop"],
+        },
+    )
     offload_frozen_models: bool = field(
         default=False, metadata={"help": "Whether frozen models wait in CPU memory while they do not score."}
     )
@@ -201,6 +219,10 @@ class GOPDConfig(GRPOConfig):
             raise ValueError(
                 f"`gopd_estimator` must be one of {list(ESTIMATORS)}, got {self.gopd_estimator!r}. Use 'sampled' for "
                 "the paper's."
+            )
+        if self.overlong_teacher_prompts not in ("raise", "drop"):
+            raise ValueError(
+                f"`overlong_teacher_prompts` must be 'raise' or 'drop', got {self.overlong_teacher_prompts!r}."
             )
         clip = self.gopd_extrapolation_clip
         if clip is not None and not 0 < clip < math.inf:

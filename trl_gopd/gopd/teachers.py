@@ -78,9 +78,7 @@ class Routing:
         else:
             self.references = dict.fromkeys(self._ids, ref_model)
         for name in ("gopd_lambda_by_teacher", "gopd_weight_by_teacher"):
-            unknown = set(getattr(args, name) or ()) - set(self._ids)
-            if unknown:
-                raise ValueError(f"`{name}` names {sorted(unknown)}, but the teachers are {self._names}.")
+            self._check_ids(name, getattr(args, name) or {})
         by_teacher = args.gopd_lambda_by_teacher or {}
         self.lambdas = torch.tensor([float(by_teacher.get(key, args.gopd_lambda)) for key in self._ids])
         self.weights = None
@@ -88,6 +86,18 @@ class Routing:
             self.weights = torch.tensor([float(args.gopd_weight_by_teacher.get(key, 1.0)) for key in self._ids])
         self._id_column, self._lambda_column = args.teacher_id_column, args.lambda_column
         self._has_lambda_column = False
+
+    def by_teacher(self, name: str, given: Any) -> dict[str | None, Any]:
+        """An option of the teachers by their ids: one for all, or a mapping that may leave some out."""
+        if not isinstance(given, Mapping):
+            return {} if given is None else dict.fromkeys(self._ids, given)
+        self._check_ids(name, given)
+        return dict(given)
+
+    def _check_ids(self, name: str, given: Mapping[str, Any]) -> None:
+        unknown = sorted(set(given) - set(self._ids))
+        if unknown:
+            raise ValueError(f"`{name}` names {unknown}, but the teachers are {self._names}.")
 
     @property
     def _names(self) -> str:
@@ -270,8 +280,18 @@ class Scorer(ABC):
 
     @property
     @abstractmethod
+    def config(self) -> Any:
+        """The model's configuration."""
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens it can read, if its configuration says so."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def vocab_size(self) -> int:
         """Width of the logits, padding included."""
+        return int(self.config.get_text_config().vocab_size)
 
     @property
     @abstractmethod
@@ -363,8 +383,8 @@ class Frozen(Scorer):
         return self._is_sharded
 
     @property
-    def vocab_size(self) -> int:
-        return self.inner.vocab_size
+    def config(self) -> Any:
+        return self.inner.config
 
     @property
     def head(self) -> nn.Module:
@@ -454,8 +474,8 @@ class StudentAdapter(Scorer):
         return is_sharded(self.accelerator)
 
     @property
-    def vocab_size(self) -> int:
-        return int(self._base.config.get_text_config().vocab_size)
+    def config(self) -> Any:
+        return self._base.config
 
     @property
     def head(self) -> nn.Module:

@@ -21,6 +21,7 @@ from . import teachers
 from ._trl import disable_gradient_checkpointing, gather_heads, get_config_model_id
 from .config import GOPDConfig
 from .objective import extrapolated_divergence, implicit_rewards, token_advantages
+from .prompts import TeacherPrompts
 from .scoring import logit_transform
 
 
@@ -98,6 +99,12 @@ class GOPDTrainer(GRPOTrainer):
             holds one for each teacher id. Not used, and not loaded, when every λ is 1.
         reward_funcs (`Callable` or `str` or [`~transformers.PreTrainedModel`] or `list`, *optional*):
             Task rewards. Their group advantage, as GRPO computes it, is added to every token's.
+        teacher_prompt (`Callable` or `dict[str, Callable]`, *optional*):
+            Makes of a row the prompt, a string or messages, that the teacher reads instead of `prompt`; by teacher id,
+            if the teachers differ in it. Defaults to the column `teacher_prompt`, where there is one.
+        teacher_processing_class ([`~transformers.PreTrainedTokenizerBase`] or `dict`, *optional*):
+            Tokenizer whose chat template renders the teacher's prompts, if it is not the student's; by teacher id, if
+            the teachers differ in it.
         **grpo_kwargs:
             Further keyword arguments of [`~trl.GRPOTrainer`].
     """
@@ -132,6 +139,8 @@ class GOPDTrainer(GRPOTrainer):
         tools=None,
         ref_model: "str | PreTrainedModel | PeftModel | None" = None,
         reward_funcs=None,
+        teacher_prompt=None,
+        teacher_processing_class=None,
         **grpo_kwargs,
     ):
         # A path is a name to everything below, in TRL too.
@@ -215,6 +224,19 @@ class GOPDTrainer(GRPOTrainer):
                 )
                 for key, given in self._routing.references.items()
             }
+        self._teacher_prompts = TeacherPrompts(
+            self._routing.by_teacher("teacher_prompt", teacher_prompt),
+            self._routing.by_teacher("teacher_processing_class", teacher_processing_class),
+            column=args.teacher_prompt_column,
+            tokenizer=self._tokenizer,
+            template_options={
+                "chat_template": self.chat_template,
+                "tools": self.tools or None,
+                **self.chat_template_kwargs,
+            },
+            contexts={key: scorer.context for key, scorer in self.teachers.items()},
+            drops_overlong=args.overlong_teacher_prompts == "drop",
+        )
         self._teacher_panel = teachers.Panel(list(self.teachers.values()), self.accelerator)
         self._reference_panel = (
             teachers.Panel(list(self.references.values()), self.accelerator) if self.references else None
@@ -351,24 +373,31 @@ class GOPDTrainer(GRPOTrainer):
             raise NotImplementedError("Rows with images are not supported: frozen models score text only.")
         owners, lambdas = self._routing.rows(inputs, device=output["completion_ids"].device)
         output.update(teacher_index=owners, gopd_lambda=lambdas)
-        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
-        seen = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+        output.update(
+            self._teacher_prompts(
+                inputs,
+                [list(self.teachers)[owner] for owner in owners.tolist()],
+                prompt_ids=output["prompt_ids"],
+                prompt_mask=output["prompt_mask"],
+                completion_mask=output["completion_mask"],
+            )
+        )
         if self.args.gopd_estimator == "sampled" or self.args.log_completions:
-            scores = self._score(output, ids, seen)
+            scores = self._score(output)
             if self.args.log_completions and not self._has_rewards:
-                self._log_row_advantages(output, scores, ids, seen)
+                self._log_row_advantages(output, scores)
             if self.args.gopd_estimator == "sampled":
                 output.update(scores)
         if not self._has_rewards:
             self._drop_null_reward()
         return output
 
-    def _score(self, output, ids: Tensor, seen: Tensor) -> dict[str, Tensor]:
+    def _score(self, output) -> dict[str, Tensor]:
         """Log-probabilities `(B, T)` of the completions under teachers and, if they are used, references."""
-        arguments = (output["teacher_index"], ids, seen, output["completion_ids"])
-        scores = {"teacher_logps": self._teacher_panel.score(*arguments)}
+        owners, completion_ids = output["teacher_index"], output["completion_ids"]
+        scores = {"teacher_logps": self._teacher_panel.score(owners, *_read_by_teacher(output), completion_ids)}
         if self._reference_panel is not None:
-            scores["reference_logps"] = self._reference_panel.score(*arguments)
+            scores["reference_logps"] = self._reference_panel.score(owners, *_read_by_student(output), completion_ids)
         return scores
 
     def _student_logps(self, ids: Tensor, seen: Tensor, num_tokens: int) -> Tensor:
@@ -377,13 +406,13 @@ class GOPDTrainer(GRPOTrainer):
         )[0]
 
     @torch.no_grad()
-    def _log_row_advantages(self, output, scores, ids: Tensor, seen: Tensor):
+    def _log_row_advantages(self, output, scores):
         """Puts each completion's mean token advantage in the logged table, where GRPO puts that of its reward."""
         mask = _loss_mask(output)
         student_logps = output.get("old_per_token_logps")
         if student_logps is None:
             with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-                student_logps = self._student_logps(ids, seen, mask.size(1))
+                student_logps = self._student_logps(*_read_by_student(output), mask.size(1))
         advantages, _ = self._sampled_advantages(output | scores, student_logps, mask)
         rows = self.accelerator.gather(advantages.sum(1) / mask.sum(1).clamp(min=1)).tolist()
         for _ in range(min(len(rows), len(self._logs["advantages"]))):
@@ -473,7 +502,7 @@ class GOPDTrainer(GRPOTrainer):
         tokens = mask.bool()
         labels = inputs["completion_ids"][tokens]
         owners = inputs["teacher_index"]
-        teacher_logits = self._teacher_panel.targets(owners, input_ids, attention_mask, tokens)
+        teacher_logits = self._teacher_panel.targets(owners, *_read_by_teacher(inputs), tokens)
         reference_logits, heads = None, self._teacher_panel.heads
         if self._reference_panel is not None:
             reference_logits = self._reference_panel.targets(owners, input_ids, attention_mask, tokens)
@@ -599,10 +628,29 @@ def _as_name(given):
     return os.fspath(given) if isinstance(given, os.PathLike) else given
 
 
+def _read_by_student(batch) -> tuple[Tensor, Tensor]:
+    """Ids and mask `(B, P + T)` of prompts and completions; of the latter, answers of tools are seen too."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+
+
+def _read_by_teacher(batch) -> tuple[Tensor, Tensor]:
+    """The same with the teachers' prompts, where they have their own."""
+    if "teacher_prompt_ids" not in batch:
+        return _read_by_student(batch)
+    own = {"prompt_ids": batch["teacher_prompt_ids"], "prompt_mask": batch["teacher_prompt_mask"]}
+    return _read_by_student({**batch, **own})
+
+
 def _loss_mask(inputs) -> Tensor:
-    """`(B, T)`, 1 for the tokens that the student wrote itself: no padding, no answers of tools."""
+    """
+    `(B, T)`, 1 for the tokens that the student wrote itself: no padding, no answers of tools, and no row that its
+    teacher could not read.
+    """
     mask = inputs["completion_mask"]
-    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+    if "tool_mask" in inputs:
+        mask = mask * inputs["tool_mask"]
+    return mask * inputs["is_readable"].unsqueeze(1) if "is_readable" in inputs else mask
 
 
 def _check_dataset(dataset, name: str) -> None:

@@ -1,0 +1,218 @@
+"""
+A teacher that reads another prompt than the student scores the same completion, position by position: its numbers are
+those of each row alone, without padding.
+"""
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from tests.gopd.test_teachers import routed, several  # noqa: F401
+from tests.gopd.test_trainer import load, log_probs, make  # noqa: F401
+from trl_gopd.gopd.trainer import _loss_mask, _read_by_teacher
+
+
+def solved(row):
+    """Prompts of very different lengths, so that padding matters."""
+    number = int("".join(filter(str.isdigit, row["prompt"]))[:2])
+    return row["prompt"] + " The solution is" + " ha" * (number % 9) + "."
+
+
+def seen_by_teacher(inputs):
+    return {**inputs, "prompt_ids": inputs["teacher_prompt_ids"], "prompt_mask": inputs["teacher_prompt_mask"]}
+
+
+def picked(model, inputs):
+    return log_probs(model, inputs).gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
+
+
+def decoded(tokenizer, inputs):
+    rows = zip(inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"], strict=True)
+    return [tokenizer.decode(ids[mask.bool()]) for ids, mask in rows]
+
+
+class TestAlignment:
+    @pytest.fixture(params=["function", "column"])
+    def options(self, request, prompts):
+        if request.param == "function":
+            return {"teacher_prompt": solved, "train_dataset": prompts}
+        return {"train_dataset": prompts.add_column("teacher_prompt", [solved(row) for row in prompts])}
+
+    def test_scores_are_those_of_each_row_alone(self, make, models, tokenizer, options):  # noqa: F811
+        trainer = make(ref_model=str(models / "base"), per_device_train_batch_size=8, **options)
+        trainer.train()
+        seen = trainer.seen
+        assert len(set(seen["teacher_prompt_mask"].sum(1).tolist())) > 2
+        assert all("The solution is" in text for text in decoded(tokenizer, seen))
+        mask = seen["completion_mask"].bool()
+        with torch.no_grad():
+            teacher = picked(load(models / "teacher"), seen_by_teacher(seen))
+            reference = picked(load(models / "base"), seen)
+            without = picked(load(models / "teacher"), seen)
+        torch.testing.assert_close(seen["teacher_logps"][mask], teacher[mask], rtol=0, atol=1e-5)
+        torch.testing.assert_close(seen["reference_logps"][mask], reference[mask], rtol=0, atol=1e-5)
+        assert (without[mask] - teacher[mask]).abs().max() > 0.05  # the prompt matters
+
+    def test_full_estimator_has_the_expected_gradient_of_the_sampled_one(self, make, models, options):  # noqa: F811
+        trainer = make(gopd_estimator="full", per_device_train_batch_size=4, **options)
+        trainer.train()
+        seen, student = trainer.seen, load(models / "student")
+        with torch.no_grad():
+            log_t = log_probs(load(models / "teacher"), seen_by_teacher(seen))
+            log_r = log_probs(load(models / "student"), seen)
+        log_s, mask = log_probs(student, seen), seen["completion_mask"].float()
+        log_q = (1.25 * log_t - 0.25 * log_r).log_softmax(-1)
+        token = (log_s.exp() * (log_s - log_q)).sum(-1)
+        loss = ((token * mask).sum(1) / mask.sum(1)).mean()
+        named = dict(student.named_parameters())
+        want = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+        norm = torch.stack([g.norm() for g in want.values()]).norm()
+        gap = torch.stack([(trainer.grads[n] - want[n]).norm() for n in want]).norm()
+        assert gap / norm < 1e-5
+
+    def test_without_the_context_as_its_reference(self, make, models):  # noqa: F811
+        """With the teacher itself as reference, the reward is what the context tells about the completion."""
+        trainer = make(teacher_prompt=solved, ref_model=str(models / "teacher"))
+        assert trainer.references[None] is trainer.teachers[None]
+        trainer.train()
+        seen, mask = trainer.seen, trainer.seen["completion_mask"].bool()
+        with torch.no_grad():
+            teacher = load(models / "teacher")
+            want = picked(teacher, seen_by_teacher(seen)) - picked(teacher, seen)
+        got = seen["teacher_logps"] - seen["reference_logps"]
+        torch.testing.assert_close(got[mask], want[mask], rtol=0, atol=2e-5)
+
+    def test_only_some_rows(self, make, models, prompts, tokenizer):  # noqa: F811
+        column = [solved(row) if index % 2 else None for index, row in enumerate(prompts)]
+        trainer = make(train_dataset=prompts.add_column("teacher_prompt", column), per_device_train_batch_size=8)
+        trainer.train()
+        texts = decoded(tokenizer, trainer.seen)
+        assert 0 < sum("solution" in text for text in texts) < 8
+        mask = trainer.seen["completion_mask"].bool()
+        with torch.no_grad():
+            want = picked(load(models / "teacher"), seen_by_teacher(trainer.seen))
+        torch.testing.assert_close(trainer.seen["teacher_logps"][mask], want[mask], rtol=0, atol=1e-5)
+
+    def test_reuse_and_accumulation(self, make):  # noqa: F811
+        options = {"teacher_prompt": solved, "gopd_lambda": 1.0}
+        whole = make(per_device_train_batch_size=8, **options)
+        parts = make(per_device_train_batch_size=2, gradient_accumulation_steps=4, **options)
+        whole.train()
+        parts.train()
+        for name, gradient in whole.grads.items():
+            torch.testing.assert_close(parts.grads[name], gradient, rtol=1e-4, atol=1e-6)
+
+    def test_answers_of_tools_are_seen_and_not_trained_on(self):
+        completion_mask, tool_mask = torch.tensor([[1, 1, 1, 0]]), torch.tensor([[1, 0, 1, 1]])
+        batch = {
+            "prompt_ids": torch.tensor([[5]]),
+            "prompt_mask": torch.tensor([[1]]),
+            "completion_ids": torch.tensor([[6, 7, 8, 0]]),
+            "completion_mask": completion_mask,
+            "tool_mask": tool_mask,
+            "teacher_prompt_ids": torch.tensor([[0, 3, 4]]),
+            "teacher_prompt_mask": torch.tensor([[0, 1, 1]]),
+        }
+        ids, seen = _read_by_teacher(batch)
+        assert ids.tolist() == [[0, 3, 4, 6, 7, 8, 0]] and seen.tolist() == [[0, 1, 1, 1, 1, 1, 0]]
+        assert _loss_mask(batch).tolist() == [[1, 0, 1, 0]]
+
+
+class TestRendering:
+    def other_template(self, tokenizer):
+        other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, pad_token="<|endoftext|>")
+        other.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}[say] "
+        return other
+
+    def chat(self, prompts):
+        return prompts.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+
+    def test_own_chat_template_of_several_turns(self, make, prompts, tokenizer):  # noqa: F811
+        def turns(row):
+            return [
+                {"role": "system", "content": "Be brief."},
+                *row["prompt"],
+                {"role": "assistant", "content": "5"},
+                {"role": "user", "content": "No. Again."},
+            ]
+
+        trainer = make(
+            train_dataset=self.chat(prompts),
+            teacher_prompt=turns,
+            teacher_processing_class=self.other_template(tokenizer),
+        )
+        trainer.train()
+        texts = decoded(tokenizer, trainer.seen)
+        assert all(t.startswith("[system] Be brief. [user] What is") for t in texts), texts
+        assert all(t.endswith("[assistant] 5 [user] No. Again. [say] ") for t in texts)
+
+    def test_own_template_alone_renders_the_prompt(self, make, prompts, tokenizer):  # noqa: F811
+        trainer = make(
+            train_dataset=self.chat(prompts), teacher_processing_class=self.other_template(tokenizer), max_steps=1
+        )
+        trainer.train()
+        assert all(t.startswith("[user] What is") for t in decoded(tokenizer, trainer.seen))
+
+    def test_by_teacher(self, several, tokenizer, prompts):  # noqa: F811
+        trainer = several(teacher_prompt={"code": solved}, per_device_train_batch_size=8)
+        trainer.train()
+        for owner, text in zip(trainer.seen["teacher_index"], decoded(tokenizer, trainer.seen), strict=True):
+            assert ("solution" in text) == bool(owner)
+
+
+class TestOverlong:
+    def long(self, row):
+        return row["prompt"] * (30 if "3 plus" in row["prompt"] else 1)  # the teacher reads 256 tokens
+
+    def test_raises(self, make):  # noqa: F811
+        with pytest.raises(ValueError, match="exceed its context of 256.*overlong_teacher_prompts='drop'"):
+            make(teacher_prompt=self.long, per_device_train_batch_size=16).train()
+
+    @pytest.mark.parametrize("estimator", ["sampled", "full"])
+    def test_dropped_rows_are_as_if_they_had_no_loss(self, make, models, estimator):  # noqa: F811
+        trainer = make(
+            teacher_prompt=self.long,
+            overlong_teacher_prompts="drop",
+            gopd_estimator=estimator,
+            gopd_lambda=1.0,
+            per_device_train_batch_size=16,
+        )
+        trainer.train()
+        seen = trainer.seen
+        assert 0 < (seen["is_readable"] == 0).sum() < 16
+        student, readable = load(models / "student"), seen["is_readable"].float()
+        log_s, mask = log_probs(student, seen), seen["completion_mask"].float()
+        with torch.no_grad():
+            log_t = log_probs(load(models / "teacher"), seen)
+        if estimator == "full":
+            token = (log_s.exp() * (log_s - log_t)).sum(-1)
+        else:
+            s, t = (x.gather(-1, seen["completion_ids"].unsqueeze(-1)).squeeze(-1) for x in (log_s, log_t))
+            token = (s - t).detach() * s
+        loss = ((token * mask).sum(1) / mask.sum(1) * readable).mean()
+        named = dict(student.named_parameters())
+        want = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+        norm = torch.stack([g.norm() for g in want.values()]).norm()
+        gap = torch.stack([(trainer.grads[n] - want[n]).norm() for n in want]).norm()
+        assert gap / norm < 1e-5
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("value", [7, [], ["a"]])
+    def test_prompt_that_is_none(self, make, value):  # noqa: F811
+        with pytest.raises(TypeError, match="must be a string or a list of messages, got"):
+            make(teacher_prompt=lambda row: value).train()
+
+    def test_other_ids(self, make, tokenizer):  # noqa: F811
+        from tests.tiny import build_tokenizer
+
+        with pytest.raises(ValueError, match="`teacher_processing_class` has other token ids"):
+            make(teacher_processing_class=build_tokenizer(("<|extra|>",)))
+
+    def test_unknown_teacher(self, several):  # noqa: F811
+        with pytest.raises(ValueError, match=r"`teacher_prompt` names \['law'\]"):
+            several(teacher_prompt={"law": solved})
+
+    def test_unknown_choice(self, make):  # noqa: F811
+        with pytest.raises(ValueError, match="must be 'raise' or 'drop', got 'cut'"):
+            make(overlong_teacher_prompts="cut")
