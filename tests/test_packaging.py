@@ -26,7 +26,7 @@ PACKAGE = Path(trl_gopd.__file__).parent
 HEAVY = ("torch", "transformers", "trl", "datasets", "accelerate", "peft")
 # For each package, the rooms that import torch, the standard library and each other.
 PURE = {
-    "trl_gopd.gopd": ("objective", "schedules"),
+    "trl_gopd.gopd": ("objective", "monitors", "schedules", "visualize"),
     "trl_gopd.d2quant": ("grids", "packing", "rounding", "correction"),
 }
 TRL_SEAM = "trl_gopd.gopd._trl"
@@ -208,6 +208,8 @@ class TestDependencyRule:
             ("gopd/objective.py", "import numpy", "a pure room"),
             ("gopd/objective.py", "from . import scoring", "a pure room"),
             ("gopd/schedules.py", "from transformers import TrainerCallback", "a pure room"),
+            ("gopd/monitors.py", "from .trainer import GOPDTrainer", "a pure room"),
+            ("gopd/visualize.py", "from matplotlib import pyplot", "a pure room"),
             ("d2quant/grids.py", "from .linear import D2QuantLinear", "a pure room"),
             ("d2quant/packing.py", "import numpy", "a pure room"),
             ("d2quant/rounding.py", "from trl_gopd.d2quant.topology import Block", "a pure room"),
@@ -232,6 +234,7 @@ class TestDependencyRule:
             ("gopd/trainer.py", "from trl import GRPOTrainer"),
             ("gopd/trainer.py", "from trl_gopd.gopd import objective"),
             ("gopd/objective.py", "import math\nfrom torch.nn import functional"),
+            ("gopd/schedules.py", "from .monitors import CompletionSummary"),
             ("d2quant/rounding.py", "from .grids import GroupGrid"),
             ("d2quant/rounding.py", "from trl_gopd.d2quant.grids import GroupGrid"),
             ("d2quant/linear.py", "from transformers import PreTrainedModel"),
