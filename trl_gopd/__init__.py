@@ -16,16 +16,18 @@ if TYPE_CHECKING:
     from trl_gopd.d2quant.config import D2QuantConfig
     from trl_gopd.d2quant.pipeline import quantize_model
     from trl_gopd.gopd.config import GOPDConfig
+    from trl_gopd.gopd.preflight import preflight
     from trl_gopd.gopd.trainer import GOPDTrainer
 
 __version__ = "0.1.0"
 
-__all__ = ["D2QuantConfig", "GOPDConfig", "GOPDTrainer", "__version__", "quantize_model"]
+__all__ = ["D2QuantConfig", "GOPDConfig", "GOPDTrainer", "__version__", "preflight", "quantize_model"]
 
 _MODULE_OF = {
     "D2QuantConfig": "trl_gopd.d2quant.config",
     "GOPDConfig": "trl_gopd.gopd.config",
     "GOPDTrainer": "trl_gopd.gopd.trainer",
+    "preflight": "trl_gopd.gopd.preflight",
     "quantize_model": "trl_gopd.d2quant.pipeline",
 }
 

@@ -1,0 +1,615 @@
+"""
+The preflight: its numbers are those of both models on the sampled states; its rule; what it refuses.
+
+- Each number equals the one computed from dense logits, row by row, without padding.
+- Teacher = reference: nothing differs, and the largest λ is recommended.
+- Models given as instances, and the global random state, are left as they were.
+"""
+
+import copy
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import trl_gopd
+from tests.tiny import LORA, build_model, build_tokenizer
+from trl_gopd.demo.smollm2 import smollm2_path
+from trl_gopd.gopd import preflight as room
+from trl_gopd.gopd.extrapolation import DETERMINISTIC, OFF_TEACHER, ExtrapolatedLogitsProcessor
+from trl_gopd.gopd.preflight import PreflightReport, load_prompts, preflight
+from trl_gopd.gopd.preflight_report import Decoded, LambdaEffect, recommend
+
+
+PROMPTS = ["What is 2 plus 3?", "Why?", "How many legs have three dogs?"]
+GRID = (0.5, 1.0, 1.25, 2.0)
+QUICK = {"num_samples": 6, "max_completion_length": 12, "batch_size": 4, "lambdas": GRID}
+EPS = torch.finfo(torch.float32).eps
+
+
+def vowels(completions, **kwargs):
+    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
+
+
+@pytest.fixture
+def teacher(models):
+    return AutoModelForCausalLM.from_pretrained(models / "teacher")
+
+
+@pytest.fixture
+def reference(models):
+    return AutoModelForCausalLM.from_pretrained(models / "base")
+
+
+def run(models, **options) -> PreflightReport:
+    return preflight(
+        **{"teacher_model": models / "teacher", "ref_model": models / "base", "prompts": PROMPTS, **QUICK, **options}
+    )
+
+
+def numbers(report):
+    return {key: value for key, value in report.to_dict().items() if key not in ("seconds", "settings")}
+
+
+def assert_close(ours, theirs, tolerance):
+    """Equal up to `tolerance`, whatever is nested how."""
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        ours, theirs = list(ours.values()), list(theirs.values())
+    if isinstance(ours, list):
+        assert len(ours) == len(theirs)
+        for each, other in zip(ours, theirs, strict=True):
+            assert_close(each, other, tolerance)
+    elif isinstance(ours, float):
+        assert math.isclose(ours, theirs, rel_tol=tolerance, abs_tol=tolerance)
+    else:
+        assert ours == theirs
+
+
+class TestNumbers:
+    def test_are_those_of_dense_logits_row_by_row(self, models, teacher, reference, tokenizer, monkeypatch):
+        """Padding, batches and chunks have no part in them."""
+        seen = []
+        sample = room._Run.sample
+        monkeypatch.setattr(
+            room._Run, "sample", lambda run, *args: seen.append((run.prompt_ids, sample(run, *args))) or seen[-1][1]
+        )
+        report = run(models, chunk_size=5, temperature=0.8)
+        ((prompt_ids, completions),) = seen
+        rows = []
+        for prompt, completion in zip(prompt_ids, completions, strict=True):
+            ids = torch.tensor([prompt + completion])
+            with torch.no_grad():
+                log_t, log_r = (
+                    (model(input_ids=ids).logits[0, len(prompt) - 1 : -1] / 0.8).double().log_softmax(-1)
+                    for model in (teacher, reference)
+                )
+            rows.append((log_t, log_r, torch.tensor(completion)))
+        log_t, log_r, labels = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        assert (report.tokens, report.completions) == (len(labels), 6)
+        assert report.length == len(labels) / 6
+        assert report.truncated == sum(ids[-1] != tokenizer.eos_token_id for ids in completions) / 6
+        top = log_t.exp().max(-1).values
+        assert report.deterministic == float((top > DETERMINISTIC).double().mean())
+        ratios = (log_t - log_r).gather(1, labels.unsqueeze(1)).squeeze(1)
+        # two models of two layers, a few hundred roundings each, of logits below 50
+        tolerance = 800 * EPS * 50
+        assert math.isclose(report.log_ratios.mean, ratios.mean(), abs_tol=tolerance)
+        assert math.isclose(report.log_ratios.quantiles["0.05"], ratios.quantile(0.05), abs_tol=tolerance)
+        assert report.log_ratios.beyond["2"] == float((ratios.abs() > 2).double().mean())
+        for effect in report.effects:
+            log_q = (log_t + (effect.gopd_lambda - 1) * (log_t - log_r)).log_softmax(-1)
+            q = log_q.exp()
+            flips = (q.argmax(-1) != log_t.argmax(-1)).double()
+            assert effect.flips == float(flips.mean())
+            assert effect.deterministic_flips == (
+                float(flips[top > DETERMINISTIC].mean()) if (top > DETERMINISTIC).any() else None
+            )
+            for name, value in (
+                ("kl_to_teacher", (q * (log_q - log_t)).sum(-1)),
+                ("entropy", -(q * log_q).sum(-1)),
+                ("eos_probability", q[:, tokenizer.eos_token_id]),
+                ("off_teacher_mass", (q * (log_t.exp() < OFF_TEACHER)).sum(-1)),
+            ):
+                assert math.isclose(getattr(effect, name), value.mean(), abs_tol=tolerance), name
+
+    @pytest.mark.parametrize("options", [{"chunk_size": 1}, {"chunk_size": 7}, {"chunk_size": 10**6}])
+    def test_chunks_do_not_matter(self, models, options):
+        assert_close(numbers(run(models)), numbers(run(models, **options)), 1000 * EPS)
+
+    def test_same_seed_same_report(self, models):
+        reports = []
+        for seed, elsewhere in ((0, 1), (0, 2), (1, 2)):
+            torch.manual_seed(elsewhere)
+            state = torch.random.get_rng_state()
+            reports.append(numbers(run(models, seed=seed, reward_funcs=vowels)))
+            assert torch.equal(torch.random.get_rng_state(), state)
+        assert reports[0] == reports[1] != reports[2]
+
+    def test_teacher_equal_to_reference(self, models):
+        report = run(models, ref_model=models / "teacher")
+        rounding = 259 * EPS * 4  # of one sum over the vocabulary, divided by |λ − 1| ≥ 1/4
+        assert all(not effect.flips and abs(effect.renyi) <= rounding for effect in report.effects)
+        assert report.log_ratios.mean == 0 and report.log_ratios.beyond["1"] == 0
+        assert report.recommended_lambda == max(GRID)
+        assert "λ changes nothing. Is the reference the one you mean?" in report.reasons[0]
+
+    def test_lambda_one_is_the_teacher(self, models):
+        (effect,) = (effect for effect in run(models, lambdas=[2.0]).effects if effect.gopd_lambda == 1)
+        assert (effect.flips, effect.log_z, effect.kl_to_teacher) == (0, 0, 0) and effect.renyi > 0
+
+    def test_states_are_of_whom_one_asks(self, models):
+        """Tokens that the sampler itself drew are likelier under it than under the other: log T/R changes its sign."""
+        by_teacher, by_student = (run(models, sample_from=who, num_samples=20) for who in ("teacher", "student"))
+        assert by_teacher.log_ratios.mean > 0 > by_student.log_ratios.mean
+
+    def test_student_and_reference_stand_in_for_each_other(self, models):
+        options = {"sample_from": "student", "processing_class": build_tokenizer()}
+        one = run(models, **options)
+        other = run(models, ref_model=None, model=models / "base", **options)
+        assert numbers(one) == numbers(other)
+        third = run(models, model=models / "student", **options)
+        assert numbers(third) != numbers(one)
+
+    def test_ends_apart(self, models, tokenizer):
+        """A teacher that likes to end, beside a reference that does not: one in four tokens is an end."""
+
+        def ends(likes: bool):
+            model = build_model(tokenizer, seed=1)
+            head = torch.nn.Linear(32, len(tokenizer))
+            with torch.no_grad():
+                head.weight.zero_()
+                head.bias.zero_()
+                head.bias[tokenizer.eos_token_id] = math.log(258 / 3) if likes else math.log(258 / 9)
+            model.set_output_embeddings(head)
+            return model
+
+        report = preflight(
+            teacher_model=ends(True), ref_model=ends(False), prompts=PROMPTS, processing_class=tokenizer, **QUICK
+        )
+        # P(end) is 1/4 and 1/10
+        assert report.eos_log_ratios.count == round(6 * (1 - report.truncated)) > 0
+        assert math.isclose(report.eos_log_ratios.mean, math.log(2.5), abs_tol=100 * EPS)
+        for effect in report.effects:
+            odds = 0.25**effect.gopd_lambda * 0.1 ** (1 - effect.gopd_lambda)
+            rest = 0.75**effect.gopd_lambda * 0.9 ** (1 - effect.gopd_lambda)
+            assert math.isclose(effect.eos_probability, odds / (odds + rest), abs_tol=100 * EPS)
+        assert report.recommended_lambda == 2.0
+        assert any("chance of ending" in reason and "get shorter" in reason for reason in report.reasons)
+
+    def test_nothing_ended(self, models):
+        report = run(models, max_completion_length=1)
+        assert report.eos_log_ratios is None and report.truncated == 1
+
+    def test_vocabularies_padded_differently(self, models, tokenizer):
+        """Further ids of either model change nothing: what they share is what counts."""
+        narrow = build_model(tokenizer, seed=2, hidden_size=48), build_model(tokenizer, seed=3)
+
+        def padded(model, size):
+            wide = copy.deepcopy(model)
+            wide.resize_token_embeddings(size, mean_resizing=False)
+            with torch.no_grad():
+                wide.get_output_embeddings().weight[len(tokenizer) :] = 9.0
+            return wide
+
+        reports = [
+            preflight(
+                teacher_model=teacher,
+                ref_model=reference,
+                model=narrow[1],  # whose draws are the same each time
+                sample_from="student",
+                prompts=PROMPTS,
+                processing_class=tokenizer,
+                **QUICK,
+            )
+            for teacher, reference in (
+                narrow,
+                (padded(narrow[0], 270), narrow[1]),
+                (narrow[0], padded(narrow[1], 265)),
+            )
+        ]
+        for report in reports[1:]:
+            assert_close(numbers(report), numbers(reports[0]), 1000 * EPS)
+
+    def test_ids_that_a_model_lacks_are_never_sampled(self, models, tokenizer, monkeypatch):
+        wide = build_model(tokenizer, seed=2, vocab_size=300)
+        with torch.no_grad():
+            wide.get_output_embeddings().weight[len(tokenizer) :] *= 100
+        seen = []
+        sample = room._Run.sample
+        monkeypatch.setattr(room._Run, "sample", lambda *args: seen.extend(sample(*args)) or seen[-6:])
+        run(models, ref_model=wide, sample_from="student", processing_class=tokenizer, reward_funcs=vowels)
+        assert len(seen) == 6 * 5 and max(map(max, seen)) < len(tokenizer)
+
+    def test_fresh_adapter_is_its_base(self, models):
+        peft = pytest.importorskip("peft")
+        base = AutoModelForCausalLM.from_pretrained(models / "base")
+        adapted = peft.get_peft_model(base, peft.LoraConfig(**LORA))
+        before = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+        report = run(models, model=adapted, ref_model=None, reward_funcs=vowels)
+        assert numbers(report) == numbers(run(models, reward_funcs=vowels))
+        assert [name for name, parameter in adapted.named_parameters() if parameter.requires_grad] == before
+
+    def test_own_generation_settings_of_a_model_do_not_bias(self, teacher, models):
+        plain = run(models, teacher_model=teacher)
+        own = GenerationConfig(top_k=1, repetition_penalty=5.0, eos_token_id=teacher.generation_config.eos_token_id)
+        teacher.generation_config = own
+        assert numbers(run(models, teacher_model=teacher)) == numbers(plain)
+        assert teacher.generation_config is own
+
+    def test_instances_are_left_as_they_were(self, teacher, reference, models):
+        teacher.train()
+        reference.model.layers[0].train()
+        next(reference.parameters()).requires_grad_(False)
+        state = {name: value.clone() for name, value in reference.state_dict().items()}
+        run(models, teacher_model=teacher, ref_model=reference)
+        assert teacher.training and all(parameter.requires_grad for parameter in teacher.parameters())
+        assert reference.model.layers[0].training and not reference.model.layers[1].training
+        assert [parameter.requires_grad for parameter in reference.parameters()].count(False) == 1
+        assert all(torch.equal(value, state[name]) for name, value in reference.state_dict().items())
+
+    def test_instances_are_left_as_they_were_after_an_error(self, teacher, models):
+        def fails(**kwargs):
+            raise ZeroDivisionError
+
+        teacher.train()
+        with pytest.raises(RuntimeError, match="'fails' raised ZeroDivisionError: .* completions .strings"):
+            run(models, teacher_model=teacher, reward_funcs=fails)
+        assert teacher.training and all(parameter.requires_grad for parameter in teacher.parameters())
+
+    def test_is_public(self):
+        assert trl_gopd.preflight is preflight
+
+
+class TestRewards:
+    def test_are_called_as_grpo_calls_them(self, models):
+        calls = []
+
+        def reward(prompts, completions, completion_ids, answer, trainer_state, log_extra, log_metric):
+            log_metric("name", 1.0)
+            calls.append((prompts, completions, completion_ids, answer))
+            return list(range(len(prompts)))
+
+        rows = [{"prompt": [{"role": "user", "content": text}], "answer": text[:3]} for text in PROMPTS]
+        report = run(models, prompts=rows, reward_funcs=[reward, lambda completions, **_: [10.0] * len(completions)])
+        assert [each.gopd_lambda for each in report.decoded] == list(GRID) and len(calls) == len(GRID)
+        for prompts, completions, completion_ids, answer in calls:
+            assert [prompt[0]["content"][:3] for prompt in prompts] == answer
+            assert all(completion[0]["role"] == "assistant" for completion in completions)
+            assert all(1 <= len(ids) <= 12 for ids in completion_ids)
+        for each, (_, _, completion_ids, _) in zip(report.decoded, calls, strict=True):
+            assert each.rewards == [10.0, 11.0, 12.0, 13.0, 14.0, 15.0]
+            assert each.reward == 12.5
+            assert math.isclose(each.standard_error, math.sqrt(3.5 / 6))  # variance of six whole numbers in a row
+            assert each.length == sum(map(len, completion_ids)) / 6
+
+    def test_lambda_zero_and_one_decode_reference_and_teacher(self, models):
+        """On the same draws: what decodes at 1 is what was sampled, and at 0 what the reference would write."""
+        texts = {}
+
+        def keep(completions, **_):
+            texts[len(texts)] = completions
+            return [0.0] * len(completions)
+
+        run(models, lambdas=[0.0], reward_funcs=keep)
+        run(models, lambdas=[], reward_funcs=keep, teacher_model=models / "base")
+        assert texts[0] == texts[2] != texts[1]
+
+    def test_none_counts_for_nothing(self, models):
+        report = run(models, reward_funcs=lambda completions, **_: [None, 1.0, 2.0, None, math.nan, 3.0])
+        assert report.decoded[0].rewards == [None, 1.0, 2.0, None, None, 3.0] and report.decoded[0].reward == 2.0
+
+    @pytest.mark.parametrize(
+        ("function", "message"),
+        [
+            (lambda completions, **_: [None] * len(completions), "judged 0 of 6 completions"),
+            (lambda completions, **_: [1.0], "returned 1 rewards for 6 completions. Let it return one for each"),
+        ],
+    )
+    def test_useless_ones_are_refused(self, models, function, message):
+        with pytest.raises(ValueError, match=message):
+            run(models, reward_funcs=function)
+
+
+def effect(gopd_lambda, *, mass=0.0, flips=0.0, renyi=1.0, end=0.1):
+    return LambdaEffect(gopd_lambda, renyi, 0.0, 0.0, 0.0, end, 0.0, flips, mass)
+
+
+def decoded(gopd_lambda, *rewards):
+    scored = [reward for reward in rewards if reward is not None]
+    return Decoded(gopd_lambda, list(rewards), sum(scored) / len(scored), 0.1, 5.0, 0.0)
+
+
+class TestRecommend:
+    def test_largest_within_both_limits(self):
+        effects = [effect(0.5, mass=0.5), effect(1.0, mass=0.02), effect(1.1, mass=0.03), effect(1.5, mass=0.0301)]
+        value, reasons = recommend(effects)
+        assert value == 1.1
+        assert "λ = 1.1 stays within the limits: it moves +0.0100" in reasons[0]
+        assert "λ = 1.5 exceeds the limits: it moves +0.0101" in reasons[1]
+
+    def test_flips_count_too(self):
+        value, reasons = recommend([effect(1.0), effect(1.25, flips=0.0011)])
+        assert value == 1.0 and "overturns 0.110% of its near-certain choices (limit 0.100%)" in reasons[0]
+
+    def test_not_past_the_first_that_fails(self):
+        assert recommend([effect(1.0), effect(1.25, flips=0.5), effect(1.5)])[0] == 1.0
+
+    def test_limits_are_options(self):
+        effects = [effect(1.0), effect(1.25, flips=0.002, mass=0.02)]
+        assert recommend(effects, max_deterministic_flips=0.002, max_off_teacher_mass=0.02)[0] == 1.25
+        assert recommend(effects, max_deterministic_flips=0.002, max_off_teacher_mass=0.01)[0] == 1.0
+
+    def test_no_certain_position_is_no_flip(self):
+        assert recommend([effect(1.0, flips=None), effect(1.25, flips=None)])[0] == 1.25
+
+    def test_best_reward(self):
+        effects = [effect(1.0), effect(1.25)]
+        value, reasons = recommend(effects, [decoded(1.0, 0.0, 1.0, 2.0), decoded(1.25, 1.0, 2.0, 3.5)])
+        assert value == 1.25 and "best mean reward, 2.167" in reasons[-1]
+
+    def test_reward_within_one_standard_error_of_the_difference(self):
+        effects = [effect(1.0), effect(1.25)]
+        # differences 1, −1, 1: mean 1/3, standard error 2/3
+        value, reasons = recommend(effects, [decoded(1.0, 0.0, 2.0, 4.0), decoded(1.25, 1.0, 1.0, 5.0)])
+        assert value == 1.0 and "the difference is 0.3333 ± 0.67" in reasons[-1]
+
+    def test_differences_are_paired_where_both_have_a_reward(self):
+        effects = [effect(1.0), effect(1.25)]
+        pair = [decoded(1.0, 0.0, 1.0, None, 5.0), decoded(1.25, 1.0, 2.0, 9.0, None)]
+        assert recommend(effects, pair)[0] == 1.25  # 1 ± 0
+
+    def test_ties_go_to_the_one_nearest_to_1(self):
+        effects = [effect(each) for each in (0.5, 1.0, 1.5)]
+        assert recommend(effects, [decoded(each, 1.0, 1.0) for each in (0.5, 1.0, 1.5)])[0] == 1.0
+
+    def test_reward_beyond_the_limits_is_warned_of(self):
+        effects = [effect(1.0), effect(1.25, flips=0.5)]
+        value, reasons = recommend(effects, [decoded(1.0, 0.0, 0.0), decoded(1.25, 1.0, 1.0)])
+        assert value == 1.25 and "Beware: that is beyond λ = 1," in reasons[-1]
+
+    @pytest.mark.parametrize(("end", "word"), [(0.05, "longer"), (0.2, "shorter")])
+    def test_length_alarm(self, end, word):
+        _, reasons = recommend([effect(1.0), effect(1.25, end=end)])
+        assert f"completions would get {word}" in reasons[-1]
+
+    def test_no_alarm_within_a_quarter(self):
+        _, reasons = recommend([effect(1.0), effect(1.25, end=0.09)])
+        assert not any("Length" in reason for reason in reasons)
+
+
+class TestReport:
+    def test_json(self, models, tmp_path):
+        report = run(models, reward_funcs=vowels)
+        report.save(tmp_path / "report.json")
+        assert json.loads((tmp_path / "report.json").read_text()) == report.to_dict()
+        assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+        assert report.settings["reward_funcs"] == ["vowels"]
+        assert report.settings["teacher_model"] == str(models / "teacher")
+        assert set(report.settings["versions"]) == {"trl_gopd", "torch", "transformers"}
+
+    @pytest.mark.parametrize("rewards", [None, vowels])
+    def test_figure(self, models, tmp_path, rewards):
+        pytest.importorskip("matplotlib")
+        run(models, reward_funcs=rewards, max_completion_length=2).save(tmp_path / "report.svg")
+        drawn = (tmp_path / "report.svg").read_text()
+        assert drawn.lstrip().startswith("<?xml") and drawn.rstrip().endswith("</svg>")
+        assert [path.name for path in tmp_path.iterdir()] == ["report.svg"]
+
+    def test_nan_is_not_written(self, models, tmp_path):
+        broken = replace(run(models), length=math.nan)
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            broken.save(tmp_path / "report.json")
+        assert not (tmp_path / "report.json").exists()
+
+    def test_figure_without_matplotlib(self, models, tmp_path, monkeypatch):
+        monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+        with pytest.raises(ImportError, match="needs matplotlib. Run `pip install matplotlib`"):
+            run(models).save(tmp_path / "report.png")
+        assert not (tmp_path / "report.png").exists()
+
+
+class TestLoadPrompts:
+    @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+    @pytest.mark.parametrize("chat", [False, True])
+    def test_json(self, tmp_path, suffix, chat):
+        prompts = [[{"role": "user", "content": text}] for text in PROMPTS] if chat else PROMPTS
+        rows = [{"prompt": prompt, "answer": str(i)} for i, prompt in enumerate(prompts)]
+        path = tmp_path / f"data{suffix}"
+        path.write_text(json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows)))
+        assert list(load_prompts(path)) == rows
+
+    def test_text(self, tmp_path):
+        (tmp_path / "prompts.txt").write_text("What?\n\n  \nWhy, über?\n", encoding="utf-8")
+        assert list(load_prompts(str(tmp_path / "prompts.txt"))["prompt"]) == ["What?", "Why, über?"]
+
+    def test_folder_with_splits(self, tmp_path):
+        for split in ("train", "test"):
+            (tmp_path / f"{split}.jsonl").write_text(json.dumps({"prompt": split}) + "\n")
+        assert list(load_prompts(tmp_path, split="test")["prompt"]) == ["test"]
+
+    def test_few_prompts_are_used_equally_often(self, models):
+        counts = []
+
+        def count(prompts, completions, **_):
+            counts.append(sorted(prompts.count(prompt) for prompt in set(prompts)))
+            return [0.0] * len(prompts)
+
+        run(models, reward_funcs=count, num_samples=7, lambdas=[])
+        assert counts == [[2, 2, 3]]
+
+    def test_many_prompts_are_used_once(self, models):
+        seen = []
+        rows = [f"Number {i}" for i in range(50)]
+        run(models, prompts=rows, reward_funcs=lambda prompts, **_: seen.append(prompts) or [0.0] * 6, lambdas=[])
+        assert len(set(seen[0])) == 6 and seen[0] != rows[:6]
+
+    @pytest.mark.parametrize(
+        ("prompts", "kind", "message"),
+        [
+            ([], ValueError, "is empty, it has no rows. Give"),
+            (Dataset.from_dict({"prompt": []}), ValueError, "is empty"),
+            (Dataset.from_dict({"text": ["a"]}), ValueError, r"no column `prompt`, got \['text'\]"),
+            (7, TypeError, "must not be of type int"),
+            (IterableDataset.from_generator(lambda: iter([])), TypeError, "must not be of type IterableDataset"),
+            (["a", [{"role": "user", "content": "b"}]], TypeError, "must all be strings or all be lists"),
+            ("/nowhere/at/all.jsonl", ValueError, "No prompts could be loaded from '/nowhere/at/all.jsonl'"),
+        ],
+    )
+    def test_refuses(self, prompts, kind, message):
+        with pytest.raises(kind, match=message):
+            load_prompts(prompts)
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("empty.txt", b"\n\n", "is empty"),
+            ("latin.txt", b"\xe9\xe8", "No prompts could be loaded"),
+            ("broken.jsonl", b'{"prompt": ', "No prompts could be loaded"),
+            ("empty.jsonl", b"", "No prompts could be loaded|is empty"),
+            ("prompts.docx", b"x", "unknown ending '.docx'. Give"),
+        ],
+    )
+    def test_refuses_file(self, tmp_path, name, content, message):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_prompts(tmp_path / name)
+
+
+class TestRefusals:
+    @pytest.fixture(autouse=True)
+    def nothing_is_sampled(self, monkeypatch):
+        monkeypatch.setattr(room._Run, "sample", lambda *_: pytest.fail("sampled"))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"lambdas": [1.0, -0.5]}, "`lambdas` must be finite and >= 0, got -0.5. Use a grid"),
+            ({"lambdas": [math.nan]}, "got nan"),
+            ({"lambdas": [math.inf]}, "got inf"),
+            ({"num_samples": 1}, "`num_samples` must be a whole number of at least 2, got 1"),
+            ({"max_completion_length": 0}, "`max_completion_length` must be a whole number of at least 1, got 0"),
+            ({"batch_size": 0}, "`batch_size`"),
+            ({"chunk_size": 0}, "`chunk_size`"),
+            ({"seed": -1}, "`seed`"),
+            ({"temperature": 0.0}, "`temperature` must be positive and finite, got 0.0. Use 1.0"),
+            ({"temperature": math.nan}, "got nan"),
+            ({"max_off_teacher_mass": 2.0}, "`max_off_teacher_mass` must lie between 0 and 1, got 2.0"),
+            ({"max_deterministic_flips": math.nan}, "`max_deterministic_flips`"),
+            ({"sample_from": "both"}, "must be 'teacher' or 'student', got 'both'"),
+            ({"ref_model": None}, "`model` and `ref_model` are both None"),
+            ({"prompts": ["a", ""]}, "The prompt '' has no tokens. Remove the row"),
+            (
+                {"prompts": ["a" * 250]},
+                "has 250 tokens and a completion up to 12, but `teacher_model` has a context of 256",
+            ),
+            ({"teacher_model": "/nowhere"}, "`teacher_model` '/nowhere' cannot be loaded"),
+            ({"ref_model": "/nowhere"}, "tokenizer cannot be loaded .* Pass it as `processing_class`"),
+        ],
+    )
+    def test_value(self, models, options, message):
+        with pytest.raises(ValueError, match=message):
+            run(models, **options)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"teacher_model": torch.nn.Linear(2, 2)}, "`teacher_model` must be a name or path.* got Linear"),
+            ({"reward_funcs": "accuracy"}, "must be plain functions .* got 'accuracy'"),
+            ({"reward_funcs": [torch.nn.Linear(2, 2)]}, "Wrap a reward model or a coroutine"),
+            ({"prompts": [[{"role": "user"}]]}, "must be a string or a list of messages"),
+            ({"prompts": [3]}, "must be a string or a list of messages with `role` and `content`, got 3"),
+        ],
+    )
+    def test_type(self, models, options, message):
+        with pytest.raises(TypeError, match=message):
+            run(models, **options)
+
+    def test_coroutine(self, models):
+        async def reward(**_):
+            return []
+
+        with pytest.raises(TypeError, match="Wrap a reward model or a coroutine"):
+            run(models, reward_funcs=reward)
+
+    def test_messages_without_chat_template(self, models):
+        tokenizer = build_tokenizer()
+        tokenizer.chat_template = None
+        with pytest.raises(ValueError, match="need a tokenizer with a chat template"):
+            run(models, prompts=[[{"role": "user", "content": "a"}]], processing_class=tokenizer)
+
+    def test_other_tokenizer(self, models, tmp_path):
+        other = build_tokenizer(extra_tokens=("<|other|>",))
+        build_model(other, seed=4).save_pretrained(tmp_path)
+        other.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="`teacher_model` .* has another tokenizer than the student"):
+            run(models, teacher_model=tmp_path)
+
+    def test_model_without_tokenizer(self, tokenizer, models):
+        with pytest.raises(ValueError, match="was not loaded from a path.* Pass it as `processing_class`"):
+            run(models, ref_model=build_model(tokenizer, seed=1))
+
+
+def test_numbers_of_a_broken_model_are_refused(models, teacher, monkeypatch):
+    with torch.no_grad():
+        teacher.get_output_embeddings().weight[-1] = math.nan
+    # Sampling goes on, as it would with a NaN at later positions only.
+    monkeypatch.setattr(ExtrapolatedLogitsProcessor, "__call__", lambda self, ids, scores: torch.zeros_like(scores))
+    with pytest.raises(ValueError, match="are not finite: a model returns NaN"):
+        run(models, teacher_model=teacher)
+
+
+@pytest.mark.slow
+def test_smollm2(tmp_path):
+    """
+    SmolLM2 after a few steps towards one-word answers, beside SmolLM2: decoding goes further that way as λ grows.
+    """
+    path = smollm2_path()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    teacher = AutoModelForCausalLM.from_pretrained(path)
+    pairs = [("France", "Paris"), ("Italy", "Rome"), ("Japan", "Tokyo"), ("Egypt", "Cairo")]
+    asked = "What is the capital of {}?"
+    rows = []
+    for country, capital in pairs:
+        messages = [{"role": "user", "content": asked.format(country)}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        rows.append((prompt, tokenizer(capital + "<|im_end|>")["input_ids"]))
+    optimizer = torch.optim.SGD(teacher.parameters(), lr=0.02)
+    for _ in range(3):
+        for prompt, answer in rows:
+            labels = torch.tensor([[-100] * len(prompt) + answer])
+            teacher(input_ids=torch.tensor([prompt + answer]), labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    teacher.eval()
+
+    def brevity(completion_ids, **kwargs):
+        return [-float(len(ids)) for ids in completion_ids]
+
+    report = preflight(
+        teacher_model=teacher,
+        ref_model=path,
+        prompts=[[{"role": "user", "content": asked.format(each)}] for each in ("Spain", "Peru", "China", "Kenya")],
+        lambdas=(0.0, 1.0, 1.25, 2.0),
+        num_samples=12,
+        batch_size=12,
+        max_completion_length=16,
+        reward_funcs=brevity,
+    )
+    divergence = [effect.renyi for effect in report.effects]
+    assert 0 < divergence[1] < divergence[2] < divergence[3]
+    assert report.effects[0].log_z < 1e-4 and report.log_ratios.mean > 0 and report.eos_log_ratios.mean > 0
+    ends = [effect.eos_probability for effect in report.effects]
+    assert ends == sorted(ends)
+    by_lambda = {each.gopd_lambda: each for each in report.decoded}
+    gap = by_lambda[2.0].reward - by_lambda[0.0].reward
+    error = math.hypot(by_lambda[2.0].standard_error, by_lambda[0.0].standard_error)
+    assert gap > 4 * error
+    # λ = 2 is the best for the reward, and overturns what the teacher is sure of.
+    assert report.effects[-1].deterministic_flips > report.effects[-2].deterministic_flips
+    assert report.recommended_lambda == 2.0 and any("Beware" in reason for reason in report.reasons)
