@@ -30,7 +30,10 @@ def test_no_command(capsys):
 
 def test_unknown_command(capsys):
     assert main(["quantise"]) == 2
-    assert "there is no command 'quantise'; there are train, quantize, evaluate, demo" in capsys.readouterr().err
+    assert (
+        "there is no command 'quantise'; there are train, quantize, evaluate, preflight, demo"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ COMMANDS = {
     "train": "distil a teacher into a student with GOPDTrainer",
     "quantize": "bring a model to 2, 3 or 4 bits with D2Quant",
     "evaluate": "measure a model, quantized or not, on a text and against another",
+    "preflight": "see what each reward scale would do, before any training",
     "demo": "see the method work on this machine, without a hub",
 }
 
@@ -15,7 +16,7 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Runs a sub-command; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    listing = "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())
+    listing = "\n".join(f"  {name:9} {text}" for name, text in COMMANDS.items())
     usage = f"usage: trl-gopd COMMAND ...\n\n{listing}\n\nEach has --help."
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)
