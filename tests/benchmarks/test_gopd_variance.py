@@ -1,8 +1,10 @@
 """
-The benchmark of the estimators' noise: its two measures against all tokens of a small vocabulary, and its sums.
+The benchmark of the estimators' noise: its two measures against all tokens of a small vocabulary, its sums, and the
+documented figures.
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from benchmarks import gopd_variance
 from benchmarks.gopd_variance import ESTIMATORS, LAMBDAS, Setting, States
 
 
+DOCS = Path(__file__).parents[2] / "docs"
 VOCAB_SIZE = 70  # more than the largest k
 # Sums over 70 ids of squares below 400, in float32.
 TOLERANCE = 70 * 400 * torch.finfo(torch.float32).eps
@@ -104,3 +107,32 @@ def test_states_are_those_of_three_contexts():
     for logits in (states.teacher, states.reference):
         assert not torch.allclose(own, logits)
     assert states.per_completion(torch.ones(24)) == [3.0] * 8
+
+
+class TestDocumentation:
+    @pytest.fixture
+    def report(self):
+        return json.loads((DOCS / "results/gopd_variance.json").read_text())
+
+    @pytest.mark.parametrize("gopd_lambda", ["1", "1.25"])
+    def test_tables_are_the_committed_results(self, report, gopd_lambda):
+        assert gopd_variance.summarize(report["results"]) == report["summary"]
+        assert gopd_variance.table(report["summary"][gopd_lambda]) in (DOCS / "gopd.md").read_text()
+        assert not report["dirty"]
+
+    def test_claims_of_the_text_hold(self, report):
+        lumped_is_better = []
+        for rows in report["summary"].values():
+            value = {name: row.get("rest", row["none"])["value"] for name, row in rows.items()}
+            assert list(value.values()) == sorted(value.values(), reverse=True)
+            assert value["sampled"] / value["stratified 16"] == pytest.approx(6, abs=0.5)
+            assert value["sampled"] / value["stratified 64"] == pytest.approx(16, abs=0.5)
+            for name, row in rows.items():
+                assert row["redrawn"]["value"] < value[name]
+                assert value[name] - row["redrawn"]["value"] < 3 * row["redrawn"]["standard_error"]
+                if "rest" in row:
+                    none = row["none"]["value"]
+                    assert row["mean over S"]["value"] > max(value[name], none)
+                    assert abs(none / value[name] - 1) <= 0.1
+                    lumped_is_better.append(value[name] < none)
+        assert lumped_is_better.count(False) == 1
