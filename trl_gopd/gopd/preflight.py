@@ -416,8 +416,8 @@ def _rewards(tokenizer, rows: Dataset, completions: list[list[int]], reward_func
         except Exception as error:  # whatever a function of the user's raises
             raise RuntimeError(
                 f"The reward function {_name_of(function)!r} raised {type(error).__name__}: {error}. It was given "
-                f"what GRPO gives: prompts, completions ({'strings' if isinstance(texts[0], str) else 'messages'}, as the "
-                f"prompts are), completion_ids and the columns {list(columns)}."
+                f"what GRPO gives: prompts, completions ({'strings' if isinstance(texts[0], str) else 'messages'}, as "
+                f"the prompts are), completion_ids and the columns {list(columns)}."
             ) from error
         if len(values) != len(texts):
             raise ValueError(
