@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.gopd.test_teachers import routed, several  # noqa: F401
 from tests.gopd.test_trainer import load, log_probs, make  # noqa: F401
-from trl_gopd.gopd.trainer import _loss_mask, _read_by_teacher
+from trl_gopd.gopd.trainer import _read_by_teacher
 
 
 def solved(row):
@@ -102,7 +102,7 @@ class TestAlignment:
         for name, gradient in whole.grads.items():
             torch.testing.assert_close(parts.grads[name], gradient, rtol=1e-4, atol=1e-6)
 
-    def test_answers_of_tools_are_seen_and_not_trained_on(self):
+    def test_answers_of_tools_are_seen_and_not_trained_on(self, make):  # noqa: F811
         completion_mask, tool_mask = torch.tensor([[1, 1, 1, 0]]), torch.tensor([[1, 0, 1, 1]])
         batch = {
             "prompt_ids": torch.tensor([[5]]),
@@ -115,7 +115,8 @@ class TestAlignment:
         }
         ids, seen = _read_by_teacher(batch)
         assert ids.tolist() == [[0, 3, 4, 6, 7, 8, 0]] and seen.tolist() == [[0, 1, 1, 1, 1, 1, 0]]
-        assert _loss_mask(batch).tolist() == [[1, 0, 1, 0]]
+        assert make()._loss_mask(batch).tolist() == [[1, 0, 1, 0]]
+        assert make(num_loss_tokens_to_skip=1)._loss_mask(batch).tolist() == [[0, 0, 1, 0]]
 
 
 class TestRendering:

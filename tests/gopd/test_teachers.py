@@ -275,7 +275,7 @@ class TestManifest:
 
     def test_same_models_resume(self, several, tmp_path):
         checkpoint = self.checkpoint(several, tmp_path)
-        manifest = json.loads((checkpoint / "gopd_models.json").read_text())
+        manifest = json.loads((checkpoint / "gopd_state.json").read_text())
         assert list(manifest["teachers"]) == ["math", "code"] and manifest["references"]["math"]["weights"]
         several(max_steps=2).train(resume_from_checkpoint=True)
 
@@ -352,7 +352,7 @@ class TestBadInput:
             several(teacher_model={"math": str(models / "teacher"), "code": str(tmp_path / "other")})
 
     def test_offload_with_full(self, several):
-        with pytest.raises(ValueError, match="heads of the frozen models in the backward pass"):
+        with pytest.raises(ValueError, match="heads of the frozen models in the loss"):
             several(offload_frozen_models=True, gopd_estimator="full")
 
     def test_lambda_without_a_reference(self, make):  # noqa: F811

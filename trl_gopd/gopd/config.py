@@ -8,9 +8,10 @@ from typing import Any
 from trl import GRPOConfig
 
 from ._trl import allow_one_generation
+from .schedules import KINDS, BackOff, LambdaSchedule
 
 
-ESTIMATORS = ("sampled", "full")
+ESTIMATORS = ("sampled", "stratified", "full")
 # Aggregations whose token term is ratio × advantage, so that an advantage with a gradient passes through unchanged.
 FULL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 SAMPLED_LOSS_TYPES = (*FULL_LOSS_TYPES, "cispo", "sapo", "vespo")
@@ -45,11 +46,42 @@ class GOPDConfig(GRPOConfig):
             `"sampled"` weighs the log-probability of the sampled token by its advantage, as the paper does. `"full"`
             takes the expectation of the same gradient over the vocabulary: no noise from the sampled token, for the
             price of the three models' logits in the loss. It needs no importance weight, and takes no `reward_funcs`.
+            `"stratified"` takes it over the student's `gopd_top_k` likeliest tokens and corrects with the sampled one:
+            unbiased too, in between in noise, and k + 1 numbers of the frozen models a token. It takes no
+            `reward_funcs` and no rollout twice.
+        gopd_top_k (`int`, *optional*, defaults to `64`):
+            k of `"stratified"`.
         gopd_extrapolation_clip (`float`, *optional*):
             Bound c on |log π* − log π_ref| in the extrapolation term, which is unbounded otherwise. λ = 1 is
             untouched by it. Not in the paper.
         gopd_chunk_size (`int`, *optional*, defaults to `256`):
-            Tokens whose logits exist at a time when frozen models are scored and in the `"full"` estimator.
+            Tokens whose logits exist at a time when frozen models are scored and in the loss of other estimators than
+            `"sampled"`.
+        num_loss_tokens_to_skip (`int`, *optional*, defaults to `0`):
+            Tokens at the beginning of each completion that are not trained on. Not in the paper.
+        gopd_discount (`float`, *optional*, defaults to `0.0`):
+            γ between 0 and 1 with which a token is also credited with the advantages of those after it. `0` is the
+            paper's. With `1` the sampled gradient is that of the whole sequence, and much noisier. Only with
+            `gopd_estimator="sampled"`.
+
+        > Parameters that control how λ varies (none of them in the paper)
+
+        gopd_lambda_schedule (`str`, *optional*, defaults to `"constant"`):
+            `"constant"`; `"linear"` from 1 to λ in `gopd_lambda_warmup_steps`; or `"adaptive"`, which extrapolates the
+            less, the nearer the student is to its teacher.
+        gopd_lambda_warmup_steps (`int`, *optional*, defaults to `0`):
+            Steps of `"linear"`.
+        gopd_lambda_gain (`float`, *optional*, defaults to `0.25`):
+            Gain a of `"adaptive"`: λ = 1 + a·RMS(log π* − log π)/RMS(log π* − log π_ref), at most the λ asked for.
+        gopd_back_off (`dict[str, float]` or `str`, *optional*):
+            Limits on completions, beyond which λ moves towards 1: the fields of [`~gopd.schedules.BackOff`], such as
+            `{"max_truncated_share": 0.3}`.
+        gopd_deterministic_above (`float`, *optional*):
+            Probability under the teacher above which a sampled token has λ = 1. Only with `gopd_estimator="sampled"`,
+            as the next one.
+        gopd_needs_agreement (`bool`, *optional*, defaults to `False`):
+            Whether a token has λ = 1 unless the teacher prefers it to the student and to the reference alike, or
+            neither.
 
         gopd_lambda_by_teacher (`dict[str, float]` or `str`, *optional*):
             λ of the rows of some of several teachers, by teacher id. The others have `gopd_lambda`.
@@ -75,7 +107,7 @@ class GOPDConfig(GRPOConfig):
             `"drop"` to leave it out of the loss. Nothing is ever truncated.
         offload_frozen_models (`bool`, *optional*, defaults to `False`):
             Whether teachers and references wait in CPU memory, and are on the device only while they score. Not with
-            `gopd_estimator="full"`, which needs their heads in the backward pass.
+            other estimators than `"sampled"`, which need their heads in the loss.
         teacher_model_revision (`str`, *optional*):
             Revision of the teacher on the Hub.
         teacher_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
@@ -96,6 +128,7 @@ class GOPDConfig(GRPOConfig):
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + [
+        "gopd_back_off",
         "gopd_lambda_by_teacher",
         "gopd_weight_by_teacher",
         "teacher_models",
@@ -135,14 +168,42 @@ class GOPDConfig(GRPOConfig):
         default="sampled",
         metadata={
             "help": "'sampled' scores the sampled token (the paper), 'full' the whole vocabulary (the same gradient "
-            "in expectation, without the noise of the sampled token).",
+            "in expectation, without the noise of the sampled token), 'stratified' the likeliest tokens and the "
+            "sampled one.",
             "choices": list(ESTIMATORS),
         },
     )
     gopd_extrapolation_clip: float | None = field(
         default=None, metadata={"help": "Bound on |log teacher - log reference| in the extrapolation term."}
     )
+    gopd_top_k: int = field(default=64, metadata={"help": "Likeliest tokens that 'stratified' scores."})
     gopd_chunk_size: int = field(default=256, metadata={"help": "Tokens whose logits exist at a time."})
+    num_loss_tokens_to_skip: int = field(
+        default=0, metadata={"help": "Tokens at the beginning of each completion that are not trained on."}
+    )
+    gopd_discount: float = field(
+        default=0.0,
+        metadata={"help": "Discount with which a token is credited with later advantages; 0 is the paper's."},
+    )
+
+    # Parameters that control how λ varies
+    gopd_lambda_schedule: str = field(
+        default="constant",
+        metadata={"help": "How lambda varies with the step.", "choices": list(KINDS)},
+    )
+    gopd_lambda_warmup_steps: int = field(default=0, metadata={"help": "Steps from 1 to lambda of 'linear'."})
+    gopd_lambda_gain: float = field(default=0.25, metadata={"help": "Gain of 'adaptive'."})
+    gopd_back_off: dict[str, float] | str | None = field(
+        default=None, metadata={"help": "Limits on completions beyond which lambda moves towards 1."}
+    )
+    gopd_deterministic_above: float | None = field(
+        default=None, metadata={"help": "Teacher's probability above which a sampled token has lambda 1."}
+    )
+    gopd_needs_agreement: bool = field(
+        default=False, metadata={"help": "Whether lambda is 1 where its two terms have different signs."}
+    )
+
+    # Parameters of rows
     gopd_lambda_by_teacher: dict[str, float] | str | None = field(
         default=None, metadata={"help": "Reward scale of the rows of some teachers, by teacher id."}
     )
@@ -210,10 +271,10 @@ class GOPDConfig(GRPOConfig):
             for teacher, value in (getattr(self, name) or {}).items():
                 if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                     raise ValueError(f"`{name}` must hold finite numbers >= 0, got {value!r} for {teacher!r}.")
-        if self.offload_frozen_models and self.gopd_estimator == "full":
+        if self.offload_frozen_models and self.gopd_estimator != "sampled":
             raise ValueError(
-                "`offload_frozen_models` cannot be used with `gopd_estimator='full'`, which needs the heads of the "
-                "frozen models in the backward pass. Use 'sampled'."
+                f"`offload_frozen_models` cannot be used with `gopd_estimator={self.gopd_estimator!r}`, which needs "
+                "the heads of the frozen models in the loss. Use 'sampled'."
             )
         if self.gopd_estimator not in ESTIMATORS:
             raise ValueError(
@@ -229,8 +290,42 @@ class GOPDConfig(GRPOConfig):
             raise ValueError(
                 f"`gopd_extrapolation_clip` must be positive and finite, got {clip}. Use None for no clip."
             )
-        if self.gopd_chunk_size < 1:
-            raise ValueError(f"`gopd_chunk_size` must be at least 1, got {self.gopd_chunk_size}. Use 256.")
+        for name, least, usual in (
+            ("gopd_chunk_size", 1, 256),
+            ("gopd_top_k", 1, 64),
+            ("num_loss_tokens_to_skip", 0, 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}. Use {usual}.")
+        if not 0 <= self.gopd_discount <= 1:
+            raise ValueError(
+                f"`gopd_discount` must be between 0 and 1, got {self.gopd_discount}. Use 0 for the paper's."
+            )
+        if self.gopd_deterministic_above is not None and not 0 < self.gopd_deterministic_above < 1:
+            raise ValueError(
+                f"`gopd_deterministic_above` must be between 0 and 1, got {self.gopd_deterministic_above}. Use None "
+                "for no gate."
+            )
+        if self.gopd_estimator != "sampled":
+            for name in ("gopd_discount", "gopd_deterministic_above", "gopd_needs_agreement"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"`{name}={getattr(self, name)}` acts on the sampled token and needs "
+                        f"`gopd_estimator='sampled'`, got {self.gopd_estimator!r}."
+                    )
+        self.build_lambda_schedule()  # which refuses what does not fit together
+
+    def build_lambda_schedule(self) -> LambdaSchedule:
+        """The schedule of λ that the fields describe."""
+        try:
+            return LambdaSchedule(
+                self.gopd_lambda_schedule,
+                warmup_steps=self.gopd_lambda_warmup_steps,
+                gain=self.gopd_lambda_gain,
+                back_off=None if self.gopd_back_off is None else BackOff(**self.gopd_back_off),
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"The schedule of λ (`gopd_lambda_schedule`, `gopd_back_off`): {error}") from error
 
     def _check_grpo_options(self):
         refused = {
@@ -251,14 +346,23 @@ class GOPDConfig(GRPOConfig):
                 f"it must be one of {list(SAMPLED_LOSS_TYPES)}.",
             ),
         }
-        if self.gopd_estimator == "full":
-            no_action = "there is no sampled token to weigh with `gopd_estimator='full'`"
+        if self.gopd_estimator != "sampled":
+            no_action = f"the loss of `gopd_estimator={self.gopd_estimator!r}` is not one of the sampled token"
             refused |= {
                 "loss_type": (self.loss_type not in FULL_LOSS_TYPES, f"{no_action}. Use {list(FULL_LOSS_TYPES)}."),
                 "beta": (self.beta != 0, f"{no_action}; λ already sets the pull to the reference. Use 0."),
                 "entropy_coef": (self.entropy_coef != 0, f"{no_action}. Use 0."),
                 "use_adaptive_entropy": (self.use_adaptive_entropy, f"{no_action}. Use False."),
                 "off_policy_mask_threshold": (self.off_policy_mask_threshold is not None, f"{no_action}. Use None."),
+            }
+        if self.gopd_estimator == "stratified":
+            reused = "a rollout is used for one step with `gopd_estimator='stratified'`"
+            refused |= {
+                "num_iterations": (self.num_iterations != 1, f"{reused}. Use 1, or 'full'."),
+                "steps_per_generation": (
+                    self.steps_per_generation != self.gradient_accumulation_steps,
+                    f"{reused}. Use `gradient_accumulation_steps={self.gradient_accumulation_steps}`, or 'full'.",
+                ),
             }
         for name, (is_refused, reason) in refused.items():
             if is_refused:

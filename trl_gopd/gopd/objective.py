@@ -111,6 +111,30 @@ def token_advantages(
     return advantages.masked_fill(mask == 0, 0.0)
 
 
+def discounted_advantages(advantages: Tensor, mask: Tensor, discount: float) -> Tensor:
+    """
+    Credit of each token, G_t = A_t + γ·G_{t+1}, over the tokens that are trained on. The paper has γ = 0. With γ = 1,
+    E[Σ_t G_t ∇ log π] is the gradient of the objective of whole sequences, whose variance grows with their length.
+
+    Args:
+        advantages (`torch.Tensor` of shape `(B, T)`):
+            What `token_advantages` returned: 0 where `mask` is.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            1 where a token is trained on. The others are passed over, and do not discount.
+        discount (`float`):
+            γ, between 0 and 1.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: float32, detached; 0 where `mask` is.
+    """
+    credits, later = torch.zeros_like(advantages), advantages.new_zeros(len(advantages))
+    for step in reversed(range(advantages.size(1))):
+        counts = mask[:, step] != 0
+        later = torch.where(counts, advantages[:, step] + discount * later, later)
+        credits[:, step] = torch.where(counts, later, 0.0)
+    return credits
+
+
 def lambda_is_one(gopd_lambda: float | Tensor) -> bool:
     """Whether every λ is exactly 1, so that the reference is neither needed nor read."""
     return bool((gopd_lambda == 1).all()) if isinstance(gopd_lambda, Tensor) else gopd_lambda == 1

@@ -692,26 +692,37 @@ def without_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
             model.peft_config.update(configs)
 
 
-def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Writes which models a run has, beside its checkpoint."""
+def write_text(path: Path, text: str) -> None:
+    """Writes a file aside and renames it, so that it is never there by half."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(manifest, indent=1) + "\n")
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 
-def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Raises `ValueError` if the run that wrote a checkpoint had other frozen models than this one."""
+def read_state(path: Path, models: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """
+    What a run saved beside its checkpoint, `None` if that is not there.
+
+    Args:
+        path (`Path`):
+            The file.
+        models (`dict[str, dict]`):
+            Identities of this run's frozen models, by role and teacher id.
+
+    Raises:
+        `ValueError`: If the run that saved it had others.
+    """
     if not path.is_file():
         logger.warning("%s is not there, so the frozen models could not be compared with the checkpoint's.", path)
-        return
-    saved = json.loads(path.read_text())
-    for role, models in manifest.items():
-        if saved[role].keys() != models.keys():
+        return None
+    saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for role, present in models.items():
+        if saved[role].keys() != present.keys():
             raise ValueError(
                 f"The checkpoint {path.parent} was trained with the {role} {list(saved[role])}, and this run has "
-                f"{list(models)}. Pass the same ones, or start anew with another `output_dir`."
+                f"{list(present)}. Pass the same ones, or start anew with another `output_dir`."
             )
-        for key, model in models.items():
+        for key, model in present.items():
             before = saved[role][key]
             compared = ["weights"] if before.get("weights") and model.get("weights") else ["name", "revision"]
             if any(before[name] != model[name] for name in compared):
@@ -720,6 +731,7 @@ def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
                     f"{f' as {key!r}' if key else ''}, and this run has {model}. Pass the same model, or start anew "
                     "with another `output_dir`."
                 )
+    return saved
 
 
 def add_reference_adapter(model: nn.Module) -> None:

@@ -1,6 +1,8 @@
 """[`GOPDTrainer`]: wires objective, scoring and frozen models into TRL's [`~trl.GRPOTrainer`]."""
 
 import functools
+import json
+import logging
 import os
 import textwrap
 import types
@@ -12,7 +14,7 @@ import torch
 import trl
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import is_peft_available
 from trl import GRPOTrainer
@@ -20,17 +22,40 @@ from trl import GRPOTrainer
 from . import teachers
 from ._trl import disable_gradient_checkpointing, gather_heads, get_config_model_id
 from .config import GOPDConfig
-from .objective import extrapolated_divergence, implicit_rewards, token_advantages
+from .monitors import completion_rows, is_eos, summarize_completions, token_table, topk_overlap
+from .objective import (
+    discounted_advantages,
+    extrapolated_divergence,
+    implicit_rewards,
+    log_probs_at,
+    stratified_divergence,
+    token_advantages,
+)
 from .prompts import TeacherPrompts
+from .schedules import deviation_squares, gate_lambda
 from .scoring import logit_transform
+from .visualize import advantages_html
 
 
 if is_peft_available():
     from peft import PeftConfig, PeftModel, PromptLearningConfig
 
 
-MANIFEST = "gopd_models.json"
+logger = logging.getLogger(__name__)
+
+STATE = "gopd_state.json"
+SHOWN_COMPLETIONS = 8  # in the page of coloured tokens
 PER_TEACHER = ("reverse_kl", "teacher_logp", "advantage_mean", "implicit_reward", "clip_share", "lambda")
+
+
+class _EndOfStep(TrainerCallback):
+    """Tells the trainer that an optimizer step has ended, before anything is saved."""
+
+    def __init__(self, trainer: "GOPDTrainer"):
+        self._trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._trainer._end_step()
 
 
 def _null_reward(prompts, **kwargs) -> list[float]:
@@ -172,9 +197,10 @@ class GOPDTrainer(GRPOTrainer):
                 "`reward_funcs` with `num_generations=1` have no effect, since GRPO compares the completions of one "
                 "prompt. Use `num_generations` of at least 2, or drop `reward_funcs`."
             )
-        if self._has_rewards and args.gopd_estimator == "full":
+        if self._has_rewards and args.gopd_estimator != "sampled":
             raise ValueError(
-                "`reward_funcs` act on the sampled tokens, which `gopd_estimator='full'` does not use. Use 'sampled'."
+                "`reward_funcs` act on the log-probabilities of the sampled tokens, which "
+                f"`gopd_estimator={args.gopd_estimator!r}` does not train. Use 'sampled'."
             )
         if ref_model is not None and not self._routing.uses_reference:
             warnings.warn(
@@ -241,10 +267,14 @@ class GOPDTrainer(GRPOTrainer):
         self._reference_panel = (
             teachers.Panel(list(self.references.values()), self.accelerator) if self.references else None
         )
-        if args.gopd_estimator == "full" or any(
+        if args.gopd_estimator != "sampled" or any(
             isinstance(scorer, teachers.StudentAdapter) for scorer in self._scorers.values()
         ):
             _expose_hidden_states(self._student_base)
+        self._schedule = args.build_lambda_schedule()
+        self._deviations = None  # what the adaptive schedule has seen of this step
+        self.add_callback(_EndOfStep(self))
+        self._token_rows: list[dict] = []
         self._pending = None  # the micro-batch whose log-probabilities the inherited loss is about to ask for
         # Loading frozen models may draw random numbers; what the student samples must not depend on it.
         set_seed(args.seed, device_specific=True)
@@ -333,10 +363,10 @@ class GOPDTrainer(GRPOTrainer):
         if not is_peft_available() or not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
             return
         model = self.accelerator.unwrap_model(self.model)
-        if self.args.gopd_estimator == "full" and isinstance(model.active_peft_config, PromptLearningConfig):
+        if self.args.gopd_estimator != "sampled" and isinstance(model.active_peft_config, PromptLearningConfig):
             raise ValueError(
-                "Prompt-learning adapters are not supported by `gopd_estimator='full'`, which calls the backbone. Use "
-                "'sampled', or a LoRA adapter."
+                f"Prompt-learning adapters are not supported by `gopd_estimator={self.args.gopd_estimator!r}`, which "
+                "calls the backbone. Use 'sampled', or a LoRA adapter."
             )
 
     # Checkpoints
@@ -349,9 +379,10 @@ class GOPDTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            teachers.write_manifest(folder / MANIFEST, self._manifest())
+            state = {**self._models(), "lambda_schedule": self._schedule.state_dict()}
+            teachers.write_text(folder / STATE, json.dumps(state, indent=1) + "\n")
 
-    def _manifest(self) -> dict:
+    def _models(self) -> dict:
         roles = {"teachers": self.teachers, "references": self.references}
         return {
             role: {key or "": scorer.identity() for key, scorer in scorers.items()} for role, scorers in roles.items()
@@ -362,7 +393,9 @@ class GOPDTrainer(GRPOTrainer):
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)
         if folder:
-            teachers.check_manifest(Path(folder, MANIFEST), self._manifest())
+            state = teachers.read_state(Path(folder, STATE), self._models())
+            if state is not None:
+                self._schedule.load_state_dict(state["lambda_schedule"])
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # One generation batch
@@ -382,6 +415,7 @@ class GOPDTrainer(GRPOTrainer):
                 completion_mask=output["completion_mask"],
             )
         )
+        self._observe_completions(output)
         if self.args.gopd_estimator == "sampled" or self.args.log_completions:
             scores = self._score(output)
             if self.args.log_completions and not self._has_rewards:
@@ -408,16 +442,50 @@ class GOPDTrainer(GRPOTrainer):
     @torch.no_grad()
     def _log_row_advantages(self, output, scores):
         """Puts each completion's mean token advantage in the logged table, where GRPO puts that of its reward."""
-        mask = _loss_mask(output)
+        mask = self._loss_mask(output)
         student_logps = output.get("old_per_token_logps")
         if student_logps is None:
             with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
                 student_logps = self._student_logps(*_read_by_student(output), mask.size(1))
-        advantages, _ = self._sampled_advantages(output | scores, student_logps, mask)
+        advantages, _, _ = self._sampled_advantages(output | scores, student_logps, mask)
+        if self.accelerator.is_main_process and self.model.training:
+            shown = slice(SHOWN_COMPLETIONS)
+            self._token_rows = token_table(
+                [[self._tokenizer.decode([i]) for i in ids] for ids in output["completion_ids"][shown].tolist()],
+                student_logps=student_logps[shown],
+                teacher_logps=scores["teacher_logps"][shown],
+                reference_logps=None if self._reference_panel is None else scores["reference_logps"][shown],
+                advantages=advantages[shown],
+                mask=mask[shown],
+            )
         rows = self.accelerator.gather(advantages.sum(1) / mask.sum(1).clamp(min=1)).tolist()
         for _ in range(min(len(rows), len(self._logs["advantages"]))):
             self._logs["advantages"].pop()
         self._logs["advantages"].extend(rows)
+
+    def _observe_completions(self, output):
+        """Logs what the completions look like; in training they may move λ."""
+        rows = completion_rows(output["completion_ids"], output["completion_mask"], self.eos_token_ids)
+        summary = summarize_completions(self.accelerator.gather(rows))
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["completions/p95_length"].append(summary.p95_length)
+        self._metrics[mode]["completions/repetition"].append(summary.repetition)
+        if self.model.training:
+            for alarm in self._schedule.observe_completions(summary):
+                logger.warning("λ moves towards 1 after step %d: %s.", self.state.global_step, alarm)
+
+    def _end_step(self):
+        if self._deviations is not None:
+            self._schedule.observe_deviations(self.accelerator.reduce(self._deviations, reduction="sum"))
+            self._deviations = None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if self._token_rows:
+            step = self.state.global_step
+            path = Path(self.args.output_dir, "completions", f"advantages_{step:05d}.html")
+            teachers.write_text(path, advantages_html(self._token_rows, title=f"Advantages, step {step}"))
+            self._token_rows = []
 
     def _drop_null_reward(self):
         for metrics in self._metrics.values():
@@ -431,11 +499,12 @@ class GOPDTrainer(GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         self._pending = inputs = dict(inputs)
-        if self.args.gopd_estimator == "full":
+        if self.args.gopd_estimator != "sampled":
             # The expectation over the vocabulary is taken under the current student, so neither an older policy nor
-            # the sampler has to be corrected for.
+            # the sampler has to be corrected for, but in the one sampled token of "stratified".
             inputs.pop("old_per_token_logps", None)
             if "importance_sampling_ratio" in inputs:
+                inputs["importance_weights"] = inputs["importance_sampling_ratio"]
                 inputs["importance_sampling_ratio"] = torch.ones_like(inputs["importance_sampling_ratio"])
         try:
             loss = super()._compute_loss(model, inputs)
@@ -452,91 +521,149 @@ class GOPDTrainer(GRPOTrainer):
         if self._pending is None:
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         inputs, self._pending = self._pending, None
-        mask = _loss_mask(inputs)
-        if self.args.gopd_estimator == "full":
-            return self._full(model, inputs, mask, *args)
+        mask = self._loss_mask(inputs)
+        if self.args.gopd_estimator != "sampled":
+            return self._over_vocabulary(model, inputs, mask, *args)
         results = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         student_logps = inputs.get("old_per_token_logps")
         student_logps = results[0].detach() if student_logps is None else student_logps
-        advantages, known = self._sampled_advantages(inputs, student_logps, mask)
-        self._log_objective(
+        advantages, known, lambdas = self._sampled_advantages(inputs, student_logps, mask)
+        self._observe(
             inputs,
             known,
-            log_ratios=student_logps.float() - inputs["teacher_logps"],
-            advantages=advantages,
+            mask=mask,
+            student_logps=student_logps,
             teacher_logps=inputs["teacher_logps"],
             reference_logps=inputs.get("reference_logps"),
-            outside=mask * (1 - known),
+            reverse_kl=student_logps.float() - inputs["teacher_logps"],
+            advantages=advantages,
+            lambdas=lambdas,
         )
+        if self.args.gopd_discount:
+            advantages = discounted_advantages(advantages, known, self.args.gopd_discount)
         # GRPO's own advantages are zero without `reward_funcs`.
         inputs["advantages"] = self._weighted(inputs, advantages + inputs["advantages"].unsqueeze(1) * mask)
         return results
+
+    def _loss_mask(self, inputs) -> Tensor:
+        """
+        `(B, T)`, 1 for the tokens that are trained on: those the student wrote itself, without padding and answers of
+        tools, in rows that their teacher could read, after the first ones if they are skipped.
+        """
+        mask = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        if "is_readable" in inputs:
+            mask = mask * inputs["is_readable"].unsqueeze(1)
+        if self.args.num_loss_tokens_to_skip:
+            mask = mask * (mask.cumsum(1) > self.args.num_loss_tokens_to_skip)
+        return mask
+
+    @property
+    def _varies(self) -> bool:
+        """Whether λ may differ between rows, tokens or steps."""
+        args = self.args
+        is_scheduled = self._schedule.kind != "constant" or self._schedule.back_off is not None
+        is_gated = args.gopd_deterministic_above is not None or args.gopd_needs_agreement
+        return self._routing.varies or is_scheduled or is_gated
 
     def _weighted(self, inputs, advantages: Tensor) -> Tensor:
         weights = self._routing.weights
         return advantages if weights is None else advantages * weights.to(advantages)[inputs["teacher_index"], None]
 
-    def _sampled_advantages(self, scores, student_logps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Advantages `(B, T)`, and `mask` without the ids that a frozen model does not have."""
+    def _lambdas(self, batch) -> Tensor:
+        """λ `(B, 1)` of the rows at this step."""
+        lambdas = self._schedule.at(self.state.global_step, batch["gopd_lambda"].unsqueeze(1))
+        assert isinstance(lambdas, Tensor)
+        return lambdas
+
+    def _sampled_advantages(self, scores, student_logps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Advantages `(B, T)`, `mask` without the ids that a frozen model does not have, and λ, `(B, 1 or T)`."""
         teacher_logps, reference_logps = scores["teacher_logps"], scores.get("reference_logps")
         # An id that only the student's padded vocabulary has: its teacher cannot say anything about it.
         is_known = ~teacher_logps.isneginf()
         if reference_logps is not None:
             is_known &= ~reference_logps.isneginf()
         known = mask * is_known
+        lambdas = self._lambdas(scores)
+        if reference_logps is not None and (self.args.gopd_deterministic_above or self.args.gopd_needs_agreement):
+            lambdas = gate_lambda(
+                lambdas,
+                student_logps=student_logps,
+                teacher_logps=teacher_logps,
+                reference_logps=reference_logps,
+                deterministic_above=self.args.gopd_deterministic_above,
+                needs_agreement=self.args.gopd_needs_agreement,
+            )
         advantages = token_advantages(
             student_logps=student_logps,
             teacher_logps=teacher_logps,
             reference_logps=reference_logps,
             mask=known,
-            gopd_lambda=scores["gopd_lambda"],
+            gopd_lambda=lambdas,
             extrapolation_clip=self.args.gopd_extrapolation_clip,
         )
-        return advantages, known
+        return advantages, known, lambdas
 
-    def _full(self, model, inputs, mask: Tensor, input_ids: Tensor, attention_mask: Tensor, num_tokens: int):
+    def _over_vocabulary(self, model, inputs, mask: Tensor, input_ids, attention_mask, num_tokens: int):
         """
         What the inherited loss asks for, with the divergence as a negated advantage that carries the gradient: the
         log-probabilities are detached, so ratio × advantage is the divergence alone.
         """
         tokens = mask.bool()
-        labels = inputs["completion_ids"][tokens]
         owners = inputs["teacher_index"]
         teacher_logits = self._teacher_panel.targets(owners, *_read_by_teacher(inputs), tokens)
         reference_logits, heads = None, self._teacher_panel.heads
         if self._reference_panel is not None:
             reference_logits = self._reference_panel.targets(owners, input_ids, attention_mask, tokens)
             heads = heads + self._reference_panel.heads
-        transform = logit_transform(self._student_base.config, self.temperature)
-        lambdas = inputs["gopd_lambda"].unsqueeze(1).expand(mask.shape)[tokens]
+        lambdas = self._lambdas(inputs)
+        options = {
+            "labels": inputs["completion_ids"][tokens],
+            "gopd_lambda": lambdas.expand(mask.shape)[tokens],
+            "transform": logit_transform(self._student_base.config, self.temperature),
+            "extrapolation_clip": self.args.gopd_extrapolation_clip,
+            "chunk_size": self.args.gopd_chunk_size,
+        }
+        overlaps: list[Tensor] = []
 
         def target_logits(rows: slice) -> tuple[Tensor, Tensor | None]:
             return teacher_logits(rows), None if reference_logits is None else reference_logits(rows)
+
+        def target_logps(rows: slice, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+            teacher, reference = target_logits(rows)
+            count = min(ids.size(1) - 1, teacher.size(1))
+            overlaps.append(topk_overlap(ids[:, :count], teacher.topk(count).indices))
+            return log_probs_at(teacher, ids), None if reference is None else log_probs_at(reference, ids)
 
         def divergence(hidden: Tensor, head: nn.Module) -> tuple[Tensor | None, ...]:
             weight, bias = head.weight, head.bias
             if hasattr(weight, "full_tensor"):  # FSDP2
                 weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
             whole = list(dict.fromkeys([head, *heads]))  # the student's own may be there twice
-            output = extrapolated_divergence(
-                hidden[:, -num_tokens - 1 : -1][tokens],
-                weight,
-                bias,
-                labels=labels,
-                target_logits=target_logits,
-                gopd_lambda=lambdas,
-                transform=transform,
-                extrapolation_clip=self.args.gopd_extrapolation_clip,
-                chunk_size=self.args.gopd_chunk_size,
-                gather=lambda: gather_heads(*whole),
-            )
+            arguments = (hidden[:, -num_tokens - 1 : -1][tokens], weight, bias)
+            options["gather"] = lambda: gather_heads(*whole)
+            others = ()
+            if self.args.gopd_estimator == "full":
+                output = extrapolated_divergence(*arguments, target_logits=target_logits, **options)
+            else:
+                weights = inputs.get("importance_weights")
+                output = stratified_divergence(
+                    *arguments,
+                    target_logps=target_logps,
+                    top_k=self.args.gopd_top_k,
+                    importance_weights=None if weights is None else weights.expand(mask.shape)[tokens],
+                    **options,
+                )
+                others = (output.coverage, torch.cat([output.coverage.new_zeros(0), *overlaps]))
             return (
                 output.divergence,
                 output.student_logps,
                 output.teacher_logps,
-                output.reference_logps,
+                None if reference_logits is None else output.reference_logps,
                 output.entropy,
                 output.reverse_kl,
+                *others,
             )
 
         values = model(input_ids=input_ids, attention_mask=attention_mask, with_hidden_states=divergence)
@@ -546,37 +673,57 @@ class GOPDTrainer(GRPOTrainer):
                 return None
             return value.new_zeros(mask.shape).masked_scatter(tokens, value)
 
-        divergences, student_logps, teacher_logps, reference_logps, entropy, reverse_kl = map(scatter, values)
+        divergences, student_logps, teacher_logps, reference_logps, entropy, reverse_kl, *others = map(scatter, values)
         inputs["advantages"] = self._weighted(inputs, -divergences)
-        finite = student_logps.masked_fill(student_logps.isneginf(), 0.0)
-        known = mask * ~(teacher_logps.isneginf() | student_logps.isneginf())
-        self._log_objective(
+        self._observe(
             inputs,
-            known,
-            log_ratios=reverse_kl,
-            advantages=-divergences.detach(),
+            mask * ~(teacher_logps.isneginf() | student_logps.isneginf()),
+            mask=mask,
+            student_logps=student_logps,
             teacher_logps=teacher_logps,
             reference_logps=reference_logps,
-            outside=mask * (1 - known),
+            reverse_kl=reverse_kl,
+            advantages=-divergences.detach(),
+            lambdas=lambdas,
+            **dict(zip(("top_k_coverage", "top_k_overlap"), others, strict=False)),
         )
-        return finite.detach(), entropy, None
+        return student_logps.masked_fill(student_logps.isneginf(), 0.0).detach(), entropy, None
 
     # Metrics
 
     @torch.no_grad()
-    def _log_objective(self, inputs, mask, *, log_ratios, advantages, teacher_logps, reference_logps, outside):
-        """Token means over all ranks, each from one sum and one count; of several teachers, also of each one."""
-        mask = mask.bool()
+    def _observe(
+        self,
+        inputs,
+        known,
+        *,
+        mask,
+        student_logps,
+        teacher_logps,
+        reference_logps,
+        reverse_kl,
+        advantages,
+        lambdas,
+        **others: Tensor | None,
+    ):
+        """
+        Logs token means over all ranks, each from one sum and one count; of several teachers, also of each one. In
+        training, the schedule of λ sees how far the student is from its teacher.
+        """
+        outside = mask * (1 - known.to(mask.dtype))
+        mask = known.bool()
         advantages = advantages.masked_fill(~mask, 0.0)
-        lambdas = inputs["gopd_lambda"].unsqueeze(1)
         means = {
-            "reverse_kl": log_ratios,
+            "reverse_kl": reverse_kl,
             "teacher_logp": teacher_logps,
             "advantage_mean": advantages,
             "advantage_square": advantages.square(),
             "advantage_positive_share": (advantages > 0).float(),
+            **{name: value for name, value in others.items() if value is not None},
         }
-        if self._routing.varies:
+        ends = is_eos(inputs["completion_ids"], mask, self.eos_token_ids)
+        end_means = {"eos_advantage": advantages}
+        if self._varies:
             means["lambda"] = lambdas.expand(mask.shape)
         if reference_logps is not None:
             clip = self.args.gopd_extrapolation_clip
@@ -587,22 +734,30 @@ class GOPDTrainer(GRPOTrainer):
                 "implicit_reward": rewards,
                 "extrapolation": extrapolation,
                 "extrapolation_abs": extrapolation.abs(),
-                "distillation_abs": log_ratios.abs(),
+                "distillation_abs": reverse_kl.abs(),
             }
+            end_means["eos_implicit_reward"] = rewards
             if clip is not None:
                 means["clip_share"] = (rewards.abs() > clip).float()
-        values = torch.stack([value.float().masked_fill(~mask, 0.0).sum(1) for value in means.values()])
-        counts = torch.stack([mask.sum(1).float(), outside.sum(1).float()])
+            if self._schedule.kind == "adaptive" and self.model.training:
+                squares = deviation_squares(student_logps=student_logps, **logps, mask=mask)
+                self._deviations = squares if self._deviations is None else self._deviations + squares
+        sums = [value.float().masked_fill(~mask, 0.0).sum(1) for value in means.values()]
+        sums += [value.float().masked_fill(~ends, 0.0).sum(1) for value in end_means.values()]
+        values = torch.stack(sums)
+        counts = torch.stack([ends.sum(1).float(), mask.sum(1).float(), outside.sum(1).float()])
         rows = torch.cat([values, counts])  # (names, B)
         owners = torch.arange(len(self.teachers), device=rows.device) == inputs["teacher_index"].unsqueeze(1)
         totals = self.accelerator.reduce(rows @ owners.float(), reduction="sum")  # (names, teachers)
         largest = self.accelerator.gather(
             advantages.abs().max().reshape(1) if advantages.numel() else rows.new_zeros(1)
         )
-        *sums, count, left_out = totals.sum(1).tolist()
+        *sums, end_count, count, left_out = totals.sum(1).tolist()
         if count == 0:
             return
-        mean = {name: total / count for name, total in zip(means, sums, strict=True)}
+        mean = {name: total / count for name, total in zip(means, sums, strict=False)}
+        if end_count:
+            mean |= {name: total / end_count for name, total in zip(end_means, sums[len(means) :], strict=True)}
         variance = max(mean.pop("advantage_square") - mean["advantage_mean"] ** 2, 0.0)
         metrics = {**mean, "advantage_std": variance**0.5, "advantage_abs_max": largest.max().item()}
         if "extrapolation_abs" in mean:
@@ -611,9 +766,9 @@ class GOPDTrainer(GRPOTrainer):
         if left_out:
             metrics["outside_vocabulary_share"] = left_out / (count + left_out)
         if len(self.teachers) > 1:
-            for key, (*own_sums, own, _) in zip(self.teachers, totals.T.tolist(), strict=True):
+            for key, (*own_sums, _, own, _) in zip(self.teachers, totals.T.tolist(), strict=True):
                 metrics[f"{key}/token_share"] = own / count
-                for name, total in zip(means, own_sums, strict=True):
+                for name, total in zip(means, own_sums, strict=False):
                     if own and name in PER_TEACHER:
                         metrics[f"{key}/{name}"] = total / own
         mode = "train" if self.model.training else "eval"
@@ -640,17 +795,6 @@ def _read_by_teacher(batch) -> tuple[Tensor, Tensor]:
         return _read_by_student(batch)
     own = {"prompt_ids": batch["teacher_prompt_ids"], "prompt_mask": batch["teacher_prompt_mask"]}
     return _read_by_student({**batch, **own})
-
-
-def _loss_mask(inputs) -> Tensor:
-    """
-    `(B, T)`, 1 for the tokens that the student wrote itself: no padding, no answers of tools, and no row that its
-    teacher could not read.
-    """
-    mask = inputs["completion_mask"]
-    if "tool_mask" in inputs:
-        mask = mask * inputs["tool_mask"]
-    return mask * inputs["is_readable"].unsqueeze(1) if "is_readable" in inputs else mask
 
 
 def _check_dataset(dataset, name: str) -> None:

@@ -1,0 +1,245 @@
+"""
+Estimators, schedules of λ, gates, credit and monitors inside the trainer. What each of them computes is tested in its
+own room; here, that the trainer gives it the right tensors at the right time.
+"""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from tests.gopd.test_trainer import Recording, load, log_probs, make  # noqa: F401
+from tests.tiny import LORA
+
+
+class Repeating(Recording):
+    """Every completion is one token over and over, and ends."""
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        return [[5] * 8 + [self._tokenizer.eos_token_id] for _ in prompt_ids], None
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def sampled_logps(models, inputs, reference="student"):
+    """Log-probabilities of the sampled tokens under student, teacher and reference, at the start of training."""
+    ids = inputs["completion_ids"].unsqueeze(-1)
+    with torch.no_grad():
+        return [
+            log_probs(load(models / name), inputs).gather(-1, ids).squeeze(-1)
+            for name in ("student", "teacher", reference)
+        ]
+
+
+def assert_policy_gradient(trainer, models, credit):
+    """`credit` is what multiplies each token's ∇ log π, before the mean over a sequence's tokens."""
+    student, inputs = load(models / "student"), trainer.seen
+    mask = inputs["completion_mask"].float()
+    log_s = log_probs(student, inputs).gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
+    loss = -((credit * log_s * mask).sum(1) / mask.sum(1)).mean()
+    named = dict(student.named_parameters())
+    want = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+    norm = torch.stack([g.norm() for g in want.values()]).norm()
+    gap = torch.stack([(trainer.grads[n] - want[n]).norm() for n in want]).norm()
+    assert norm > 0 and gap / norm < 1e-5, gap / norm
+
+
+class TestStratified:
+    @pytest.mark.parametrize("gopd_lambda", [1.0, 1.5])
+    def test_all_ids_give_the_full_gradient(self, make, tokenizer, gopd_lambda):  # noqa: F811
+        options = {"gopd_lambda": gopd_lambda}
+        full = make(gopd_estimator="full", **options)
+        full.train()
+        stratified = make(gopd_estimator="stratified", gopd_top_k=len(tokenizer), **options)
+        stratified.train()
+        for name, gradient in full.grads.items():
+            torch.testing.assert_close(stratified.grads[name], gradient, rtol=1e-4, atol=1e-6)
+        assert stratified.losses == pytest.approx(full.losses, rel=1e-5)
+        assert logged(stratified, "gopd/top_k_coverage") == [pytest.approx(1)]
+        assert logged(stratified, "gopd/top_k_overlap") == [pytest.approx(1)]
+
+    def test_few_ids_and_the_sampled_one(self, make, models):  # noqa: F811
+        """The coefficients of ∇ log π_v are π_v (A_v − b) inside S, and A_y − b for a sampled token outside."""
+        trainer = make(gopd_estimator="stratified", gopd_top_k=3)
+        trainer.train()
+        inputs, student = trainer.seen, load(models / "student")
+        log_s = log_probs(student, inputs)
+        with torch.no_grad():
+            log_t = log_probs(load(models / "teacher"), inputs)
+            own = log_s.detach()
+            advantages = (log_t - own) + 0.25 * (log_t - own)  # the reference is the student's start
+            stratum = torch.zeros_like(own, dtype=torch.bool).scatter(-1, own.topk(3).indices, True)
+            rest_t = log_t.masked_fill(stratum, -torch.inf).logsumexp(-1, keepdim=True)
+            rest_s = own.masked_fill(stratum, -torch.inf).logsumexp(-1, keepdim=True)
+            baseline = 1.25 * (rest_t - rest_s)
+            sampled = torch.zeros_like(own).scatter(-1, inputs["completion_ids"].unsqueeze(-1), 1.0)
+            weights = torch.where(stratum, own.exp(), sampled) * (advantages - baseline)
+        mask = inputs["completion_mask"].float()
+        loss = -(((weights * log_s).sum(-1) * mask).sum(1) / mask.sum(1)).mean()
+        named = dict(student.named_parameters())
+        want = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+        norm = torch.stack([g.norm() for g in want.values()]).norm()
+        gap = torch.stack([(trainer.grads[n] - want[n]).norm() for n in want]).norm()
+        assert gap / norm < 1e-5
+
+    def test_adapter_and_evaluation(self, make, prompts):  # noqa: F811
+        trainer = make(
+            gopd_estimator="stratified",
+            peft_config=LoraConfig(**LORA),
+            eval_dataset=prompts,
+            gradient_accumulation_steps=2,
+        )
+        trainer.train()
+        assert 0 < trainer.evaluate()["eval_gopd/top_k_coverage"] < 1
+
+    @pytest.mark.parametrize("options", [{"num_iterations": 2}, {"steps_per_generation": 2}])
+    def test_reuse_is_refused(self, make, options):  # noqa: F811
+        with pytest.raises(ValueError, match="a rollout is used for one step"):
+            make(gopd_estimator="stratified", **options)
+
+
+class TestCredit:
+    @pytest.mark.parametrize("discount", [0.5, 1.0])
+    def test_discount(self, make, models, discount):  # noqa: F811
+        trainer = make(gopd_discount=discount, ref_model=str(models / "base"))
+        trainer.train()
+        s, t, r = sampled_logps(models, trainer.seen, reference="base")
+        advantages = ((t - s) + 0.25 * (t - r)) * trainer.seen["completion_mask"]
+        powers = torch.arange(advantages.size(1))
+        gaps = powers.unsqueeze(0) - powers.unsqueeze(1)  # [t, later]
+        matrix = torch.where(gaps >= 0, discount ** gaps.clamp(min=0).float(), 0.0)
+        assert_policy_gradient(trainer, models, advantages @ matrix.T)
+
+    def test_skipped_tokens(self, make, models):  # noqa: F811
+        trainer = make(num_loss_tokens_to_skip=2, gopd_lambda=1.0)
+        trainer.train()
+        s, t, _ = sampled_logps(models, trainer.seen)
+        later = torch.arange(s.size(1)) >= 2
+        assert_policy_gradient(trainer, models, (t - s) * later)
+
+
+class TestSchedule:
+    def test_warm_up(self, make, models):  # noqa: F811
+        options = {"gopd_lambda": 2.0, "gopd_lambda_schedule": "linear", "gopd_lambda_warmup_steps": 4}
+        trainer = make(max_steps=6, **options)
+        trainer.train()
+        assert logged(trainer, "gopd/lambda") == [1.0, 1.25, 1.5, 1.75, 2.0, 2.0]
+        first = make(ref_model=str(models / "base"), **options)
+        first.train()
+        s, t, _ = sampled_logps(models, first.seen)
+        assert_policy_gradient(first, models, t - s)  # λ = 1 at the first step
+
+    @pytest.mark.parametrize("estimator", ["sampled", "stratified", "full"])
+    def test_adaptive_is_the_ratio_of_the_step_before(self, make, models, estimator):  # noqa: F811
+        options = {
+            "gopd_lambda": 1.5,
+            "gopd_lambda_schedule": "adaptive",
+            "gopd_estimator": estimator,
+            "ref_model": str(models / "base"),
+            "max_steps": 2,
+        }
+        trainer = make(per_device_train_batch_size=8, **options)
+        batches = []
+        observe = trainer._observe
+        trainer._observe = lambda inputs, *args, **kwargs: (batches.append(inputs), observe(inputs, *args, **kwargs))
+        trainer.train()
+        s, t, r = sampled_logps(models, batches[0], reference="base")
+        mask = batches[0]["completion_mask"].bool()
+        ratio = (t - s)[mask].square().mean().sqrt() / (t - r)[mask].square().mean().sqrt()
+        want = 1 + 0.25 * min(float(ratio), 2.0)
+        assert logged(trainer, "gopd/lambda") == [1.25, pytest.approx(want, rel=1e-5)]
+
+        parts = make(per_device_train_batch_size=2, gradient_accumulation_steps=4, **options)
+        parts.train()
+        assert logged(parts, "gopd/lambda") == pytest.approx(logged(trainer, "gopd/lambda"), rel=1e-5)
+
+    def test_back_off(self, make, caplog):  # noqa: F811
+        trainer = make(Repeating, gopd_back_off={"max_repetition": 0.5}, max_steps=3)
+        trainer.train()
+        # five 4-grams of the repeated token, of which one is new, and one with the end
+        assert logged(trainer, "completions/repetition") == [pytest.approx(4 / 6)] * 3
+        assert logged(trainer, "gopd/lambda") == [1.125, 1.0625, 1.03125]
+        assert "repetition 0.667 > 0.5" in caplog.text
+
+    def test_evaluation_does_not_move_it(self, make, prompts):  # noqa: F811
+        trainer = make(Repeating, gopd_back_off='{"max_repetition": 0.5}', eval_dataset=prompts)
+        before = trainer._schedule.state_dict()
+        trainer.evaluate()
+        assert trainer._schedule.state_dict() == before
+
+    def test_resume(self, make, tmp_path):  # noqa: F811
+        options = {
+            "gopd_lambda_schedule": "adaptive",
+            "gopd_back_off": {"max_repetition": 0.5},
+            "gopd_lambda": 1.6,
+            "save_strategy": "steps",
+            "save_steps": 2,
+        }
+        whole = make(Repeating, max_steps=4, **options)
+        whole.train()
+        state = json.loads((tmp_path / "out" / "checkpoint-2" / "gopd_state.json").read_text())
+        assert state["lambda_schedule"]["trust"] == 0.25
+        resumed = make(Repeating, max_steps=4, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+        assert resumed.losses == whole.losses[2:]
+        assert logged(resumed, "gopd/lambda")[-2:] == logged(whole, "gopd/lambda")[2:]
+
+
+class TestGates:
+    def test_certain_teacher(self, make, models):  # noqa: F811
+        trainer = make(gopd_deterministic_above=0.005, gopd_lambda=2.0, ref_model=str(models / "base"))
+        trainer.train()
+        s, t, r = sampled_logps(models, trainer.seen, reference="base")
+        is_open = t.exp() <= 0.005
+        assert is_open.any() and not is_open.all()
+        assert_policy_gradient(trainer, models, (t - s) + is_open * (t - r))
+
+    def test_agreement(self, make, models):  # noqa: F811
+        trainer = make(gopd_needs_agreement=True, gopd_lambda=2.0, ref_model=str(models / "base"))
+        trainer.train()
+        s, t, r = sampled_logps(models, trainer.seen, reference="base")
+        is_open = (t - s).sign() == (t - r).sign()
+        assert is_open.any() and not is_open.all()
+        assert_policy_gradient(trainer, models, (t - s) + is_open * (t - r))
+        assert 1 < logged(trainer, "gopd/lambda")[0] < 2
+
+
+class TestMonitors:
+    def test_end_of_sequence(self, make, models, tokenizer):  # noqa: F811
+        trainer = make(ref_model=str(models / "base"))
+        trainer.train()
+        s, t, r = sampled_logps(models, trainer.seen, reference="base")
+        ends = (trainer.seen["completion_ids"] == tokenizer.eos_token_id) & trainer.seen["completion_mask"].bool()
+        assert logged(trainer, "gopd/eos_implicit_reward")[0] == pytest.approx(float((t - r)[ends].mean()), rel=1e-4)
+        advantage = (t - s) + 0.25 * (t - r)
+        assert logged(trainer, "gopd/eos_advantage")[0] == pytest.approx(float(advantage[ends].mean()), rel=1e-4)
+
+    def test_page_of_tokens(self, make, tmp_path):  # noqa: F811
+        trainer = make(log_completions=True)
+        trainer.train()
+        page = (tmp_path / "out" / "completions" / "advantages_00001.html").read_text()
+        assert page.count("advantage ") >= int(trainer.seen["completion_mask"].sum())
+        assert "teacher_logp" in page and "reference_logp" in page
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"gopd_top_k": 0}, "`gopd_top_k` must be at least 1"),
+        ({"num_loss_tokens_to_skip": -1}, "`num_loss_tokens_to_skip` must be at least 0"),
+        ({"gopd_discount": 1.5}, "`gopd_discount` must be between 0 and 1"),
+        ({"gopd_discount": 0.5, "gopd_estimator": "full"}, "needs `gopd_estimator='sampled'`"),
+        ({"gopd_needs_agreement": True, "gopd_estimator": "stratified"}, "needs `gopd_estimator='sampled'`"),
+        ({"gopd_deterministic_above": 1.0}, "`gopd_deterministic_above` must be between 0 and 1"),
+        ({"gopd_lambda_schedule": "cosine"}, "The schedule of λ.*must be one of"),
+        ({"gopd_lambda_schedule": "linear"}, "The schedule of λ.*`warmup_steps` must be at least 1"),
+        ({"gopd_back_off": {"max_length": 3}}, "The schedule of λ.*max_length"),
+        ({"gopd_estimator": "exact"}, "must be one of"),
+    ],
+)
+def test_bad_options(make, options, message):  # noqa: F811
+    with pytest.raises(ValueError, match=message):
+        make(**options)
