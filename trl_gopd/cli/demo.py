@@ -3,21 +3,7 @@
 import argparse
 from pathlib import Path
 
-
-def _lambda(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"λ must be a finite number of at least 0, got {text!r}; try 1.25")
-    return value
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
+from .arguments import at_least, reward_scale
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,12 +11,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("trl-gopd demo", description=__doc__)
     scenes = parser.add_subparsers(dest="scene", required=True)
     distill = scenes.add_parser("distill", help="distil a small teacher at several λ and compare")
-    distill.add_argument("--seeds", type=_positive, default=1, help="how many seeds to run (default: 1)")
-    distill.add_argument("--lambdas", type=_lambda, nargs="+", help="reward scales (default: 0.5 1 1.25 1.5)")
+    distill.add_argument("--seeds", type=at_least(1), default=1, help="how many seeds to run (default: 1)")
+    distill.add_argument("--lambdas", type=reward_scale, nargs="+", help="reward scales (default: 0.5 1 1.25 1.5)")
     distill.add_argument("--estimators", nargs="+", choices=("sampled", "full"), help="estimators (default: both)")
     distill.add_argument("--output-dir", type=Path, default=Path("demo_out"), help="models and figure (demo_out)")
     distill.add_argument("--json", type=Path, help="where the result goes (default: distill.json in --output-dir)")
-    distill.add_argument("--workers", type=_positive, default=2, help="processes, one thread each (default: 2)")
+    distill.add_argument("--workers", type=at_least(1), default=2, help="processes, one thread each (default: 2)")
     quantize = scenes.add_parser("quantize", help="quantize SmolLM2-135M-Instruct, measure it and ask it questions")
     quantize.add_argument("--bits", type=int, nargs="+", choices=(2, 3, 4, 8), help="code widths (default: 3 2)")
     quantize.add_argument("--output-dir", type=Path, default=Path("demo_out"), help="models and figure (demo_out)")

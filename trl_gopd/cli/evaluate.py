@@ -6,17 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-def _at_least(minimum: int):
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, got {text!r}")
-        return int(text)
-
-    return parse
+from .arguments import DTYPES, at_least, torch_device
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,9 +15,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="DIR", type=Path, help="folder of the model, quantized or not")
     parser.add_argument("--perplexity", metavar="FILE", type=Path, help="text in UTF-8 (default: the embedded one)")
     parser.add_argument("--against", metavar="MODEL", help="folder or name of the model to hold it against")
-    parser.add_argument("--seq-length", metavar="N", type=_at_least(2), default=512, help="tokens a window (512)")
-    parser.add_argument("--windows", metavar="N", type=_at_least(1), help="the first N windows (default: all)")
-    parser.add_argument("--batch-size", metavar="N", type=_at_least(1), default=1, help="windows a forward (1)")
+    parser.add_argument("--seq-length", metavar="N", type=at_least(2), default=512, help="tokens a window (512)")
+    parser.add_argument("--windows", metavar="N", type=at_least(1), help="the first N windows (default: all)")
+    parser.add_argument("--batch-size", metavar="N", type=at_least(1), default=1, help="windows a forward (1)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of what is not quantized (as saved)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where there is one)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="where the result goes, for machines")
@@ -46,7 +36,7 @@ def main(arguments: list[str]) -> int:
 
     from trl_gopd.evaluation import compare, measure, perplexity, storage
 
-    device = _device(parser, args.device)
+    device = torch_device(parser, args.device)
     windows = _windows(parser, args)
     options: dict[str, Any] = {"dtype": args.dtype, "device_map": device}
     with measure() as load:
@@ -76,18 +66,6 @@ def _check_paths(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error(f"--perplexity {args.perplexity}: there is no such file; name a text, or leave the option out")
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json {args.json}: the folder {args.json.parent} does not exist; make it or name another")
-
-
-def _device(parser: argparse.ArgumentParser, name: str | None) -> str:
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)  # also finds a build without CUDA, and a GPU that is not there
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {name}: cannot be used ({str(error).splitlines()[0]}); try cpu")
-    return name
 
 
 def _windows(parser: argparse.ArgumentParser, args: argparse.Namespace):

@@ -9,8 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .demo import _lambda
-from .evaluate import DTYPES, _at_least, _device
+from .arguments import DTYPES, at_least, reward_scale, torch_device
 
 
 REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
@@ -45,15 +44,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--reference", metavar="MODEL", help="the same of the reference (default: the student)")
     parser.add_argument("--split", default="train", help="of a data set (train)")
     parser.add_argument("--dataset-config", metavar="NAME", help="of a data set")
-    parser.add_argument("--lambdas", metavar="λ", type=_lambda, nargs="+", help="grid (0.5 1 1.1 1.25 1.5 2)")
+    parser.add_argument("--lambdas", metavar="λ", type=reward_scale, nargs="+", help="grid (0.5 1 1.1 1.25 1.5 2)")
     parser.add_argument("--sample-from", choices=("teacher", "student"), default="teacher", help="(teacher)")
-    parser.add_argument("--num-samples", metavar="N", type=_at_least(2), default=100, help="completions (100)")
-    parser.add_argument("--max-completion-length", metavar="N", type=_at_least(1), default=256, help="tokens (256)")
+    parser.add_argument("--num-samples", metavar="N", type=at_least(2), default=100, help="completions (100)")
+    parser.add_argument("--max-completion-length", metavar="N", type=at_least(1), default=256, help="tokens (256)")
     parser.add_argument("--temperature", metavar="T", type=_temperature, default=1.0, help="that of training (1.0)")
-    parser.add_argument("--seed", metavar="N", type=_at_least(0), default=0, help="of prompts and sampling (0)")
-    parser.add_argument("--batch-size", metavar="N", type=_at_least(1), default=8, help="rows a forward (8)")
+    parser.add_argument("--seed", metavar="N", type=at_least(0), default=0, help="of prompts and sampling (0)")
+    parser.add_argument("--batch-size", metavar="N", type=at_least(1), default=8, help="rows a forward (8)")
     parser.add_argument(
-        "--chunk-size", metavar="N", type=_at_least(1), default=256, help="tokens whose logits exist at a time (256)"
+        "--chunk-size", metavar="N", type=at_least(1), default=256, help="tokens whose logits exist at a time (256)"
     )
     parser.add_argument(
         "--reward-funcs",
@@ -105,7 +104,7 @@ def main(arguments: list[str]) -> int:
             seed=args.seed,
             batch_size=args.batch_size,
             chunk_size=args.chunk_size,
-            model_init_kwargs={"dtype": args.dtype, "device_map": _device(parser, args.device)},
+            model_init_kwargs={"dtype": args.dtype, "device_map": torch_device(parser, args.device)},
             **{name: getattr(args, name) for name in optional if getattr(args, name) is not None},
         )
     except (TypeError, ValueError) as error:

@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .arguments import DTYPES, torch_device
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 PRESETS = ("default", "paper", "release")
 
 
@@ -59,7 +60,6 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--output-dir {args.output_dir}: is there already and not empty; remove it or name another")
 
     # Seconds of imports come after the mistakes that need none.
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from trl_gopd.d2quant.hf_quantizer import save_quantized
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
     from trl_gopd.evaluation import storage
 
     config = _config(parser, args)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch_device(parser, args.device)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map=device)
     report = quantize_model(model, tokenizer, config)

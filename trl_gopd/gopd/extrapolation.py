@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
-from .objective import _expectation, implicit_rewards
+from .objective import expectation, implicit_rewards
 from .scoring import FrozenModel, project
 
 
@@ -85,12 +85,12 @@ def lambda_effects(
     for gopd_lambda in lambdas:
         log_q, log_z = extrapolate(teacher_logps=teacher, reference_logps=reference, gopd_lambda=gopd_lambda)
         probs = log_q.exp()
-        kl = _expectation(teacher.exp(), teacher - reference) if gopd_lambda == 1 else log_z / (gopd_lambda - 1)
+        kl = expectation(teacher.exp(), teacher - reference) if gopd_lambda == 1 else log_z / (gopd_lambda - 1)
         values = {
             "renyi": kl,
             "log_z": log_z,
-            "kl_to_teacher": _expectation(probs, log_q - teacher),
-            "entropy": -_expectation(probs, log_q),
+            "kl_to_teacher": expectation(probs, log_q - teacher),
+            "entropy": -expectation(probs, log_q),
             "eos_probability": probs[:, list(eos_ids)].sum(-1),
             "flips": (log_q.argmax(-1) != best).float(),
             "off_teacher_mass": (probs * is_unlikely).sum(-1),

@@ -101,7 +101,7 @@ def token_advantages(
     if not lambda_is_one(gopd_lambda):  # at 1 the reference cancels and may not even be loaded
         if reference_logps is None:
             raise ValueError(f"`gopd_lambda={gopd_lambda}` needs `reference_logps`, got None. Pass it, or use 1.")
-        scale = _per_token(gopd_lambda, advantages) - 1
+        scale = per_token(gopd_lambda, advantages) - 1
         rewards = implicit_rewards(
             teacher_logps=teacher_logps, reference_logps=reference_logps, extrapolation_clip=extrapolation_clip
         )
@@ -140,7 +140,7 @@ def lambda_is_one(gopd_lambda: float | Tensor) -> bool:
     return bool((gopd_lambda == 1).all()) if isinstance(gopd_lambda, Tensor) else gopd_lambda == 1
 
 
-def _per_token(gopd_lambda: float | Tensor, like: Tensor) -> Tensor:
+def per_token(gopd_lambda: float | Tensor, like: Tensor) -> Tensor:
     """λ as a float32 tensor that broadcasts against `(B, T)`."""
     scale = torch.as_tensor(gopd_lambda, dtype=torch.float32, device=like.device)
     return scale.unsqueeze(1) if scale.dim() == 1 else scale
@@ -259,14 +259,14 @@ def extrapolated_divergence(
     def values(rows: slice, logits: Tensor) -> tuple[Tensor | None, ...]:
         student, log_q, log_t, log_r = log_probs(rows, logits)
         probs, label = student.exp(), labels[rows].unsqueeze(1)
-        divergence = _expectation(probs, student - log_q)
+        divergence = expectation(probs, student - log_q)
         return (
             divergence,
             _gather_ids(student, label).squeeze(1),
             _gather_ids(log_t, label).squeeze(1),
             None if log_r is None else _gather_ids(log_r, label).squeeze(1),
-            -_expectation(probs, student),
-            divergence if log_q is log_t else _expectation(probs, student - log_t),
+            -expectation(probs, student),
+            divergence if log_q is log_t else expectation(probs, student - log_t),
         )
 
     def gradient(rows: slice, logits: Tensor) -> Tensor:
@@ -450,7 +450,7 @@ def stratified_divergence(
             own[:, -1],
             teacher[:, -1],
             None if reference is None else reference[:, -1],
-            -_expectation(student.exp(), student),
+            -expectation(student.exp(), student),
             estimate((own - teacher).masked_fill(own.isneginf(), 0.0)).squeeze(1),
             own[:, :-2].exp().sum(-1),
         )
@@ -547,9 +547,8 @@ class _OfLogits(torch.autograd.Function):
         ctx.args = (gradient, transform, chunk_size, gather)
         with gather(), _no_autocast(hidden):
             head = _head_like(hidden, weight, bias)
-            chunks = [
-                values(rows, transform(F.linear(hidden[rows], *head))) for rows in _chunks(len(hidden), chunk_size)
-            ]
+            slices = chunk_slices(len(hidden), chunk_size)
+            chunks = [values(rows, transform(F.linear(hidden[rows], *head))) for rows in slices]
         outputs = tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True))
         if not chunks:  # no token: zeros of length 0 that still hang in the graph
             outputs = tuple(hidden.new_zeros(0, dtype=torch.float32) for _ in range(num_values))
@@ -568,7 +567,7 @@ class _OfLogits(torch.autograd.Function):
             # float32 sums: many small chunks added in bfloat16 would stop moving the total
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
             grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
-            for rows in _chunks(len(hidden), chunk_size):
+            for rows in chunk_slices(len(hidden), chunk_size):
                 logits = transform(F.linear(hidden[rows], *head))
                 grad = gradient(rows, logits) * grad_output[rows].float().unsqueeze(1)
                 shared = grad.size(-1)
@@ -610,11 +609,11 @@ def _log_probs(
     if log_r is None:
         raise ValueError(f"`gopd_lambda={gopd_lambda}` needs the logits of a reference, got None. Pass it, or use 1.")
     rewards = implicit_rewards(teacher_logps=log_t, reference_logps=log_r, extrapolation_clip=clip)
-    log_q = (log_t + (_per_token(gopd_lambda, log_t) - 1) * rewards).log_softmax(-1)
+    log_q = (log_t + (per_token(gopd_lambda, log_t) - 1) * rewards).log_softmax(-1)
     return log_s, log_q, log_t, log_r
 
 
-def _expectation(probs: Tensor, values: Tensor) -> Tensor:
+def expectation(probs: Tensor, values: Tensor) -> Tensor:
     """Σ_v probs·values, where an id of probability 0 counts 0 even if its value is infinite."""
     return (probs * values.masked_fill(probs == 0, 0.0)).sum(-1)
 
@@ -629,5 +628,5 @@ def _rows_of(gopd_lambda: float | Tensor, rows: slice) -> float | Tensor:
     return gopd_lambda[rows] if isinstance(gopd_lambda, Tensor) and gopd_lambda.dim() else gopd_lambda
 
 
-def _chunks(length: int, chunk_size: int) -> list[slice]:
+def chunk_slices(length: int, chunk_size: int) -> list[slice]:
     return [slice(start, min(start + chunk_size, length)) for start in range(0, length, chunk_size)]

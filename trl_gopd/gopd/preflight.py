@@ -40,7 +40,7 @@ from transformers import (
 import trl_gopd
 
 from .extrapolation import DETERMINISTIC, ExtrapolatedLogitsProcessor, lambda_effects
-from .objective import _chunks
+from .objective import chunk_slices
 from .preflight_report import (
     CLIPS,
     MAX_DETERMINISTIC_FLIPS,
@@ -313,7 +313,7 @@ class _Run:
             tqdm(total=len(self.prompt_ids), desc=title, unit="completion", disable=None) as bar,
         ):
             torch.manual_seed(self.seed)  # the same for each λ, so that their rewards are compared on alike draws
-            for part in _chunks(len(self.prompt_ids), self.batch_size):
+            for part in chunk_slices(len(self.prompt_ids), self.batch_size):
                 ids, mask = _pad(self.prompt_ids[part], pad_id, "left", device)
                 extrapolated = ExtrapolatedLogitsProcessor(
                     self.reference.inner, gopd_lambda=gopd_lambda, attention_mask=mask
@@ -350,7 +350,7 @@ class _Run:
         """
         eos_ids = [index for index in self.eos_ids if index < self.vocab_size]
         pieces: dict[str, list[Tensor]] = {}
-        for part in tqdm(_chunks(len(completions), self.batch_size), "Scoring", unit="batch", disable=None):
+        for part in tqdm(chunk_slices(len(completions), self.batch_size), "Scoring", unit="batch", disable=None):
             rows = [p + c for p, c in zip(self.prompt_ids[part], completions[part], strict=True)]
             # Padded right, so that positions count from the first token in every family.
             ids, mask = _pad(rows, self._pad_id, "right", torch.device("cpu"))
@@ -358,7 +358,7 @@ class _Run:
             chosen = (mask.bool() & (torch.arange(ids.size(1)) >= starts))[:, 1:]
             labels = ids[:, 1:][chosen]
             hidden = [_hidden(each, ids, mask)[chosen.to(_device(each))] for each in (self.teacher, self.reference)]
-            for tokens in _chunks(len(labels), self.chunk_size):
+            for tokens in chunk_slices(len(labels), self.chunk_size):
                 teacher, reference = (
                     each.inner.logits(states[tokens])[:, : self.vocab_size].log_softmax(-1)
                     for each, states in zip((self.teacher, self.reference), hidden, strict=True)

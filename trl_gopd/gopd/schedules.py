@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .monitors import CompletionSummary
-from .objective import _per_token
+from .objective import per_token
 
 
 KINDS = ("constant", "linear", "adaptive")
@@ -320,7 +320,7 @@ def gate_lambda(
     if needs_agreement:
         distillation, rewards = _deviations(student_logps, teacher_logps, reference_logps).sign()
         is_open &= distillation == rewards
-    return torch.where(is_open, _per_token(gopd_lambda, teacher_logps), 1.0)
+    return torch.where(is_open, per_token(gopd_lambda, teacher_logps), 1.0)
 
 
 def _deviations(student_logps: Tensor, teacher_logps: Tensor, reference_logps: Tensor) -> Tensor:
