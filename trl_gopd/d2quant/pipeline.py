@@ -147,6 +147,7 @@ def quantize_model(model: PreTrainedModel, tokenizer: Any = None, config: D2Quan
             return_freed_memory()
             if work:
                 work.save(number, block, run)
+        _leave_checkpoint(model)
         if config.tune_epochs:
             run.quantized.clear()
             report.tuning_kl = tune(model, topology, run.calls, starts=run.start, full=run.full, config=config)
@@ -399,6 +400,16 @@ def _block_calls(model: PreTrainedModel, topology: Topology, windows: Tensor) ->
         for handle in handles:
             handle.remove()
     return BlockCalls(model, topology.blocks[0].module, arguments)
+
+
+def _leave_checkpoint(model: nn.Module) -> None:
+    """
+    Gives what stays dense memory of its own. On a CPU weights are parts of the mapped checkpoint, all of which is in
+    memory as long as one of them is.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def _device(module: nn.Module) -> torch.device:
