@@ -5,7 +5,7 @@ What each part of `D2QuantConfig` brings on SmolLM2-135M-Instruct, beside GPTQ, 
 
 Without texts, the two halves of the embedded one are used. A row is one setting at one width and calibration seed;
 each runs in a process of its own, one after the other, on the same windows, so that memory and seconds are its own.
-Finished rows are kept in `--work-dir`, and a run that was interrupted goes on with the next one.
+Every finished row is written to `--json`; those found there are not run again.
 
 AutoRound wants other versions of its own: name a Python that has it, and it is run on the same windows too.
 
@@ -15,6 +15,7 @@ AutoRound wants other versions of its own: name a Python that has it, and it is 
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -154,28 +155,66 @@ def _standard_error(values: list[float]) -> float | None:
 
 def table(summary: list[dict]) -> str:
     """The summary in Markdown."""
-    lines = [
-        "| bits | row | bits a weight | perplexity | of GPTAQ's | KL, nats | same top token | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["bits", "row", "seeds", "bits a weight", "perplexity", "of GPTAQ's", "KL, nats", "same top token"]
+    columns += ["seconds", "memory"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for entry in summary:
-        error = entry["perplexity_standard_error"]
-        lines.append(
-            f"| {entry['bits']} | {entry['row']} | {entry['bits_per_weight']:.3f} | {entry['perplexity']:.2f}"
-            + (f" ± {error:.2f}" if error is not None else "")
-            + (f" | {entry['ratio']:.3f}" if entry["ratio"] is not None else " | ")
-            + f" | {entry['kl']:.3f} | {entry['top1']:.1%} | {entry['seconds']:.0f} |"
-        )
+        cells = [
+            entry["bits"],
+            entry["row"],
+            entry["seeds"],
+            f"{entry['bits_per_weight']:.3f}",
+            _with_error(entry["perplexity"], entry["perplexity_standard_error"], 2),
+            _with_error(entry["ratio"], entry["ratio_standard_error"], 3),
+            f"{entry['kl']:.3f}",
+            f"{entry['top1']:.1%}",
+            f"{entry['seconds']:.0f}",
+            "" if entry["peak_over_model"] is None else f"{entry['peak_over_model']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def _with_error(value: float | None, error: float | None, digits: int) -> str:
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Perplexity of each row, a dot for each seed; a panel for each width."""
+    from matplotlib.figure import Figure
+
+    widths = list(dict.fromkeys(row["bits"] for row in rows))
+    figure = Figure(figsize=(8, 0.6 + 0.24 * len({(row["row"], row["bits"]) for row in rows})), layout="constrained")
+    ratios = [len({row["row"] for row in rows if row["bits"] == bits}) for bits in widths]
+    panels = figure.subplots(len(widths), 1, squeeze=False, height_ratios=ratios)[:, 0]
+    for bits, panel in zip(widths, panels, strict=True):
+        group = [row for row in rows if row["bits"] == bits]
+        names = list(dict.fromkeys(row["row"] for row in group))
+        names.sort(key=lambda name: -statistics.mean(row["perplexity"] for row in group if row["row"] == name))
+        for row in group:
+            color = {OURS: "C1", AUTOROUND: "C2"}.get(row["row"], "C0")
+            panel.plot(row["perplexity"], names.index(row["row"]), "o", color=color, alpha=0.8)
+        panel.axvline(group[0]["perplexity_original"], color="black", linestyle=":", linewidth=1)
+        panel.set(xscale="log", yticks=range(len(names)), yticklabels=names)
+        panel.set_title(f"{bits} bits; dotted: full precision", fontsize="medium")
+        panel.grid(axis="y", linewidth=0.3)
+    panels[-1].set_xlabel("perplexity")
+    figure.savefig(path, dpi=150)
+
+
+def commit() -> str | None:
+    """Commit of this checkout, if it is one."""
+    run = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return run.stdout.strip() or None
 
 
 def environment(argv: list[str]) -> dict:
     """What a reader needs to run it again."""
     names = ("torch", "transformers")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     return {
         "command": shlex.join(["python", "benchmarks/d2quant_accuracy.py", *argv]),
-        "commit": commit.stdout.strip() or None,
         "versions": {name: importlib.metadata.version(name) for name in names},
         "python": platform.python_version(),
         "processors": os.cpu_count(),
@@ -191,9 +230,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--rows", nargs="+", choices=[*ROWS, AUTOROUND], help="default: all of ours")
     parser.add_argument("--autoround-python", type=Path, metavar="PYTHON", help="adds AutoRound")
-    parser.add_argument("--work-dir", type=Path, default=Path("d2quant_accuracy"), help="finished rows")
     parser.add_argument("--threads", type=int, default=2, help="of a row (2)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", default=Path("d2quant_accuracy.json"), help="all rows")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="drawn from all rows, with matplotlib")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # a row in this very process
     return parser
 
@@ -207,32 +246,25 @@ def main(argv: list[str] | None = None) -> None:
         (name,), (bits,), (seed,) = names, args.bits, args.seeds
         print(json.dumps(run_row(name, bits, seed, args)))
         return
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for seed in args.seeds:
-        for bits in args.bits:
-            for name in names:
-                path = args.work_dir / f"{bits}-{seed}-{name.replace(' ', '_')}.json"
-                if not path.exists():
-                    shared = [
-                        a
-                        for option in ("calibration", "evaluation", "autoround_python", "threads")
-                        for a in _given(args, option)
-                    ]
-                    one = ["--one", "--rows", name, "--bits", str(bits), "--seeds", str(seed), *shared]
-                    print(f"{bits} bits, seed {seed}, {name}", file=sys.stderr, flush=True)
-                    run = subprocess.run(
-                        [sys.executable, __file__, *one], stdout=subprocess.PIPE, text=True, check=True
-                    )
-                    part = path.with_suffix(".part")
-                    part.write_text(run.stdout.splitlines()[-1])
-                    part.replace(path)
-                rows.append(json.loads(path.read_text()))
-    summary = summarize(rows)
-    print(table(summary))
-    if args.json:
-        result = {**environment(argv), "summary": summary, "rows": rows}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    rows = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
+    done = {(row["row"], row["bits"], row["seed"]) for row in rows}
+    for key in itertools.product(names, args.bits, args.seeds):
+        if key in done:
+            continue
+        print("{}, {} bits, seed {}".format(*key), file=sys.stderr, flush=True)
+        name, bits, seed = key
+        one = ["--one", "--rows", name, "--bits", str(bits), "--seeds", str(seed)]
+        for option in ("calibration", "evaluation", "autoround_python", "threads"):
+            one += _given(args, option)
+        run = subprocess.run([sys.executable, __file__, *one], stdout=subprocess.PIPE, text=True, check=True)
+        rows.append({**json.loads(run.stdout.splitlines()[-1]), "threads": args.threads, "commit": commit()})
+        rows.sort(key=lambda row: (row["bits"], [*ROWS, AUTOROUND].index(row["row"]), row["seed"]))
+        part = args.json.with_name(f".{args.json.name}.part")
+        part.write_text(json.dumps({**environment(argv), "summary": summarize(rows), "rows": rows}, indent=1) + "\n")
+        part.replace(args.json)
+    print(table(summarize(rows)))
+    if args.figure:
+        draw(rows, args.figure)
 
 
 def _given(args: argparse.Namespace, option: str) -> list[str]:

@@ -1,6 +1,7 @@
 """The accuracy benchmark: every row is a valid configuration, and the summary is the arithmetic it says it is."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,17 +40,28 @@ def test_summary_pairs_seeds():
     assert ours["ratio"] == pytest.approx((0.6 + 0.8) / 2)
     assert ours["ratio_standard_error"] == pytest.approx(0.1)  # half the difference of two
     assert ours["peak_over_model"] is None
-    assert "| 2 | default | 2.250 | 50.00 ± 10.00 | 0.700 | 1.000 | 50.0% | 10 |" in benchmark.table([baseline, ours])
+    line = "| 2 | default | 2 | 2.250 | 50.00 ± 10.00 | 0.700 ± 0.100 | 1.000 | 50.0% | 10 |  |"
+    assert line in benchmark.table([baseline, ours])
 
 
-def test_finished_rows_are_not_run_again(tmp_path, monkeypatch):
-    for name, value in (("GPTAQ", 100.0), ("default", 60.0)):
-        (tmp_path / f"2-0-{name}.json").write_text(json.dumps(row(name, 0, value)))
-    monkeypatch.setattr(benchmark, "environment", lambda argv: {"command": "here"})
-    monkeypatch.setattr(benchmark.subprocess, "run", None)
-    out = tmp_path / "out.json"
-    arguments = ["--rows", "GPTAQ", "default", "--bits", "2", "--seeds", "0", "--work-dir", str(tmp_path)]
-    benchmark.main([*arguments, "--json", str(out)])
+def test_only_missing_rows_are_run(tmp_path, monkeypatch):
+    out, asked = tmp_path / "out.json", []
+
+    def run(arguments, **kwargs):
+        asked.append(arguments[arguments.index("--rows") + 1])
+        return SimpleNamespace(stdout="a line of a library\n" + json.dumps(row(asked[-1], 0, 60.0)))
+
+    monkeypatch.setattr(benchmark, "commit", lambda: "abc")
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    out.write_text(json.dumps({"rows": [row("GPTAQ", 0, 100.0)]}))
+    benchmark.main(["--rows", "default", "GPTAQ", "--bits", "2", "--seeds", "0", "--json", str(out)])
     result = json.loads(out.read_text())
-    assert [entry["ratio"] for entry in result["summary"]] == [1.0, 0.6]
-    assert len(result["rows"]) == 2
+    assert asked == ["default"]
+    assert [(entry["row"], entry["ratio"]) for entry in result["summary"]] == [("GPTAQ", 1.0), ("default", 0.6)]
+    assert result["rows"][1]["commit"] == "abc"
+
+
+def test_figure(tmp_path):
+    rows = [row(name, seed, 40.0 + seed, perplexity_original=30.0) for name in ("GPTAQ", "default") for seed in (0, 1)]
+    benchmark.draw(rows, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
