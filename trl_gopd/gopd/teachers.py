@@ -114,6 +114,11 @@ class Routing:
         return self._has_lambda_column or not bool((self.lambdas == 1).all())
 
     @property
+    def given(self) -> list[Any]:
+        """The teachers, and the references if they are used, as the user gave them."""
+        return [*self.teachers.values(), *(self.references.values() if self.uses_reference else ())]
+
+    @property
     def uses_start(self) -> bool:
         """Whether the student's start is a reference."""
         return self.uses_reference and any(given is None for given in self.references.values())
@@ -237,7 +242,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module, *, rol
             f"`{role}` has a vocabulary of {width} ids, but the student's tokenizer has {len(tokenizer)}. Token ids "
             f"are scored as they are, so give a `{role}` with the student's tokenizer."
         )
-    source = model.config._name_or_path
+    check_vocabulary(tokenizer, model.config._name_or_path, role=role)
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, source: str, *, role: str) -> None:
+    """Raises `ValueError` if the tokenizer that is found at `source` has other ids; logs it if none is found."""
     try:
         if not source:
             raise OSError("no path")
@@ -257,8 +266,30 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module, *, rol
 
 
 class Scorer(ABC):
+    """What scores completions and is never trained."""
+
+    @property
+    @abstractmethod
+    def is_sharded(self) -> bool:
+        """Whether all ranks have to call it together."""
+
+    @property
+    @abstractmethod
+    def context(self) -> int | None:
+        """How many tokens it can read, if that is known."""
+
+    @abstractmethod
+    def score(self, input_ids: Tensor, attention_mask: Tensor, completion_ids: Tensor) -> Tensor:
+        """Log-probabilities `(B, T)` in float32 nats of `completion_ids`, the last `T` columns of `input_ids`."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What tells this model from another one, as JSON can hold it: its name, its revision, and a checksum."""
+
+
+class LocalScorer(Scorer):
     """
-    What scores completions and is never trained.
+    A [`Scorer`] whose hidden states and logits are here.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
@@ -275,17 +306,11 @@ class Scorer(ABC):
 
     @property
     @abstractmethod
-    def is_sharded(self) -> bool:
-        """Whether all ranks have to call it together."""
-
-    @property
-    @abstractmethod
     def config(self) -> Any:
         """The model's configuration."""
 
     @property
     def context(self) -> int | None:
-        """How many tokens it can read, if its configuration says so."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     @property
@@ -307,7 +332,6 @@ class Scorer(ABC):
         """Tempered float32 logits `(N, V)` of hidden states `(N, D)`."""
 
     def score(self, input_ids: Tensor, attention_mask: Tensor, completion_ids: Tensor) -> Tensor:
-        """Log-probabilities `(B, T)` in float32 nats of `completion_ids`, the last `T` columns of `input_ids`."""
         with self.accelerator.autocast():
             return score(
                 self.hidden,
@@ -320,12 +344,8 @@ class Scorer(ABC):
                 gather=gather_heads,
             ).to(completion_ids.device)
 
-    @abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """What tells this model from another one, as JSON can hold it: its name, its revision, and a checksum."""
 
-
-class Frozen(Scorer):
+class Frozen(LocalScorer):
     """
     A model of its own, placed for the run.
 
@@ -340,7 +360,7 @@ class Frozen(Scorer):
             Keep the weights in CPU memory, and have them on the device while a batch is scored. Models that are
             quantized, placed by a device map or sharded stay where they are.
         **kwargs:
-            Of [`Scorer`].
+            Of [`LocalScorer`].
     """
 
     def __init__(self, model: nn.Module, *, temperature: float, role: str, offload: bool = False, **kwargs):
@@ -428,7 +448,7 @@ class Frozen(Scorer):
         }
 
 
-class StudentAdapter(Scorer):
+class StudentAdapter(LocalScorer):
     """
     The student under another of its adapters, or under none: a frozen model that costs no weights.
 
@@ -444,7 +464,7 @@ class StudentAdapter(Scorer):
         checkpointing_kwargs (`dict`, *optional*):
             Of gradient checkpointing, which is off meanwhile.
         **kwargs:
-            Of [`Scorer`].
+            Of [`LocalScorer`].
     """
 
     def __init__(
