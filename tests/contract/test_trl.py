@@ -8,9 +8,11 @@ import pytest
 import torch
 import trl
 from trl import GRPOConfig, GRPOTrainer
+from trl.generation.vllm_client import VLLMClient
 
 from trl_gopd.gopd import _trl
 from trl_gopd.gopd.config import GOPDConfig
+from trl_gopd.gopd.served import ServedScorer
 
 
 WHERE = f"moved in TRL {trl.__version__}; adapt trl_gopd/gopd/"
@@ -135,3 +137,31 @@ def test_gopd_config_adds_no_field_of_grpo():
     grpo = {field.name for field in fields(GRPOConfig)}
     own = {name for name in GOPDConfig.__annotations__ if name.startswith(("gopd_", "teacher_", "ref_model_"))}
     assert not {name for name in own if name in grpo}, f"fields of GRPOConfig {WHERE}config.py"
+
+
+def test_a_server_is_asked_and_read_as_by_the_client_of_trl():
+    sequences, prompt_lengths = [[3, 5, 7], [4, 6]], [1, 1]
+    entry = {"decoded_token": "?", "rank": 1}
+    choices = [
+        {"index": 0, "prompt_logprobs": [None, {"5": {"logprob": -0.5, **entry}}, {"7": {"logprob": -2.0, **entry}}]},
+        {"index": 1, "prompt_logprobs": [None, {"6": {"logprob": -0.25, **entry}, "9": {"logprob": -1.5, **entry}}]},
+    ]
+    theirs, ours, payloads = object.__new__(VLLMClient), object.__new__(ServedScorer), []
+    theirs.base_url, theirs.model, ours.model = "http://server", "model", "model"
+
+    def post(url, json):
+        assert url == "http://server/v1/completions"
+        payloads.append(json)
+        return {"choices": choices}
+
+    def ask(path, key, payload):
+        payloads.append(payload)
+        return choices
+
+    theirs._post, ours._ask = post, ask
+    answer = theirs.get_sequence_logprobs(sequences, prompt_lengths, top_logprobs=1, temperature=0.5)
+    got = ours._distributions(sequences, [2, 1], [0, 1], temperature=0.5)
+    assert payloads[0] == {key: payloads[1][key] for key in payloads[0]}, f"fields of a request {WHERE}served.py"
+    want = [[value for (value,) in row] for row in answer["actual_logprobs"]]
+    read = [[by_id[i] for i, by_id in zip(ids[1:], row, strict=True)] for ids, row in zip(sequences, got, strict=True)]
+    assert read == want == [[-0.5, -2.0], [-0.25]], f"fields of an answer {WHERE}served.py"

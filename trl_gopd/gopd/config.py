@@ -93,7 +93,8 @@ class GOPDConfig(GRPOConfig):
         > Parameters that control the teacher
 
         teacher_model_name_or_path (`str`, *optional*):
-            Teacher, when none is passed to the trainer.
+            Teacher, when none is passed to the trainer: a name, a path, or the URL of a vLLM server, which can be
+            used with `gopd_estimator="sampled"`.
         teacher_models (`dict[str, str]` or `str`, *optional*):
             Several teachers by teacher id, when none is passed to the trainer.
         teacher_id_column (`str`, *optional*, defaults to `"teacher_id"`):
@@ -108,6 +109,8 @@ class GOPDConfig(GRPOConfig):
         offload_frozen_models (`bool`, *optional*, defaults to `False`):
             Whether teachers and references wait in CPU memory, and are on the device only while they score. Not with
             other estimators than `"sampled"`, which need their heads in the loss.
+        served_teacher_timeout (`float`, *optional*, defaults to `600.0`):
+            Seconds without an answer after which a request to the server of a teacher or reference has failed.
         teacher_model_revision (`str`, *optional*):
             Revision of the teacher on the Hub.
         teacher_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
@@ -234,6 +237,10 @@ class GOPDConfig(GRPOConfig):
     offload_frozen_models: bool = field(
         default=False, metadata={"help": "Whether frozen models wait in CPU memory while they do not score."}
     )
+    served_teacher_timeout: float = field(
+        default=600.0,
+        metadata={"help": "Seconds without an answer after which a request to a served model has failed."},
+    )
     teacher_model_revision: str | None = field(default=None, metadata={"help": "Revision of the teacher."})
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of `from_pretrained` for the teacher."}
@@ -297,6 +304,10 @@ class GOPDConfig(GRPOConfig):
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}. Use {usual}.")
+        if not 0 < self.served_teacher_timeout < math.inf:
+            raise ValueError(
+                f"`served_teacher_timeout` must be positive and finite, got {self.served_teacher_timeout}. Use 600."
+            )
         if not 0 <= self.gopd_discount <= 1:
             raise ValueError(
                 f"`gopd_discount` must be between 0 and 1, got {self.gopd_discount}. Use 0 for the paper's."

@@ -34,6 +34,7 @@ from .objective import (
 from .prompts import TeacherPrompts
 from .schedules import deviation_squares, gate_lambda
 from .scoring import logit_transform
+from .served import ServedScorer, is_url
 from .visualize import advantages_html
 
 
@@ -96,7 +97,7 @@ class GOPDTrainer(GRPOTrainer):
             in the dtype of its checkpoint. It must have the student's tokenizer; padded vocabularies may differ. A
             dictionary holds several teachers by id; the column `teacher_id` says which of them scores a row, and it
             alone is run on it. If the student is a base with an adapter, a name or path of another adapter on the
-            same base shares the student's weights.
+            same base shares the student's weights. The URL of a vLLM server has that score.
         args ([`GOPDConfig`], *optional*):
             Configuration. Defaults to a plain one with the directory `{model}-GOPD`.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -121,7 +122,8 @@ class GOPDTrainer(GRPOTrainer):
             The reference π_ref; the teacher's pre-RL model gives reward correction. Defaults to
             `args.ref_model_name_or_path`, then to the student's start: the adapter switched off if it is fresh, a
             frozen copy of it if it is trained, a frozen copy of the whole student without an adapter. A dictionary
-            holds one for each teacher id. Not used, and not loaded, when every λ is 1.
+            holds one for each teacher id. It may be served as a teacher may. Not used, and not loaded, when every λ
+            is 1.
         reward_funcs (`Callable` or `str` or [`~transformers.PreTrainedModel`] or `list`, *optional*):
             Task rewards. Their group advantage, as GRPO computes it, is added to every token's.
         teacher_prompt (`Callable` or `dict[str, Callable]`, *optional*):
@@ -202,6 +204,12 @@ class GOPDTrainer(GRPOTrainer):
                 "`reward_funcs` act on the log-probabilities of the sampled tokens, which "
                 f"`gopd_estimator={args.gopd_estimator!r}` does not train. Use 'sampled'."
             )
+        for url in filter(is_url, self._routing.given):
+            if args.gopd_estimator != "sampled":
+                raise ValueError(
+                    f"`gopd_estimator={args.gopd_estimator!r}` needs more of the vocabulary than the sampled tokens, "
+                    f"which are all that {url} can score. Use 'sampled', or give the model by its name."
+                )
         if ref_model is not None and not self._routing.uses_reference:
             warnings.warn(
                 "`ref_model` is not loaded: with `gopd_lambda=1` it cancels out of the objective.", stacklevel=2
@@ -308,7 +316,9 @@ class GOPDTrainer(GRPOTrainer):
             return self._scorers[source]
         label = role if teacher_id is None else f"{role}[{teacher_id!r}]"
         student = self.accelerator.unwrap_model(self.model)
-        if isinstance(given, str) and teachers.fits_student(given, student, revision):
+        if is_url(given):
+            scorer = self._served(given, label, role, init_kwargs, revision)
+        elif isinstance(given, str) and teachers.fits_student(given, student, revision):
             name = role if teacher_id is None else f"{role}_{teacher_id.replace('.', '_')}"
             teachers.put_on_student(given, student, name=name, role=label, revision=revision)
             self._shared_adapters.append(name)
@@ -345,6 +355,22 @@ class GOPDTrainer(GRPOTrainer):
             offload=self.args.offload_frozen_models,
             **self._scorer_options,
         )
+
+    def _served(self, url: str, label: str, role: str, init_kwargs, revision) -> teachers.Scorer:
+        if init_kwargs or revision:
+            raise ValueError(
+                f"`{role}_init_kwargs={init_kwargs}` and `{role}_revision={revision!r}` cannot act on {url}, whose "
+                "server has loaded the model already. Drop them, and start the server with what they say."
+            )
+        scorer = ServedScorer(
+            url,
+            temperature=self.temperature,
+            role=label,
+            batch_size=self.args.per_device_train_batch_size,
+            timeout=self.args.served_teacher_timeout,
+        )
+        teachers.check_vocabulary(self._tokenizer, scorer.source, role=label)
+        return scorer
 
     @property
     def _scorer_options(self) -> dict:

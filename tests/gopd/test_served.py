@@ -1,0 +1,396 @@
+"""
+Teachers and references behind a server: training with them is training with the same models here, and whatever else
+than log-probabilities a server answers ends in one error.
+"""
+
+import json
+import logging
+import socket
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+
+from tests.gopd.test_trainer import load, make  # noqa: F401
+from tests.tiny import build_tokenizer
+from trl_gopd.gopd import served
+from trl_gopd.gopd.scoring import FrozenModel, score
+from trl_gopd.gopd.served import ServedScorer, is_url
+from trl_gopd.gopd.teachers import read_state
+
+
+CLOSE = 1e-5  # float32 log-probabilities of magnitude below 16, summed in another order by a padded forward
+
+
+class Server(ThreadingHTTPServer):
+    """Answers as vLLM does, with the log-probabilities of a model. What is set on it goes wrong."""
+
+    daemon_threads = True
+
+    def __init__(self, model, root):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.model, self.names, self.root, self.max_model_len = model, ["served", "adapter"], root, 256
+        self.tempers = False  # vLLM's do not
+        self.edit = lambda choices: choices
+        self.status, self.hangs, self.drops = 200, False, 0
+        self.requests, self.released = [], threading.Event()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+    @torch.no_grad()
+    def choice(self, index, ids, payload):
+        logits = self.model(torch.tensor([ids])).logits[0].float()
+        logps = (logits / (payload["temperature"] if self.tempers else 1)).log_softmax(-1)
+        positions = [None]
+        for row, token in zip(logps, ids[1:], strict=False):
+            shown = {token, *row.topk(payload["prompt_logprobs"]).indices.tolist()}
+            positions.append({str(i): {"logprob": row[i].item(), "rank": 1, "decoded_token": "?"} for i in shown})
+        return {"index": index, "text": "", "prompt_logprobs": positions}
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer({"data": [{"id": n, "root": self.server.root, "max_model_len": 256} for n in self.server.names]})
+
+    def do_POST(self):
+        payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append(payload)
+        assert self.path == "/v1/completions" and payload["max_tokens"] == 1
+        if self.server.hangs:
+            self.server.released.wait(10)
+        if self.server.drops:
+            self.server.drops -= 1
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        choices = [self.server.choice(i, ids, payload) for i, ids in enumerate(payload["prompt"])]
+        self.answer({"choices": self.server.edit(choices[::-1])})  # told apart by their index
+
+    def answer(self, body):
+        self.send_response(self.server.status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body if self.server.status == 200 else {"error": "out of memory"}).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@contextmanager
+def running(model, root):
+    server = Server(model, root)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.released.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def server(models):
+    with running(load(models / "teacher"), str(models / "teacher")) as server:
+        yield server
+
+
+@pytest.fixture
+def another(models):
+    with running(load(models / "base"), str(models / "base")) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(served, "RETRY_DELAYS", (0.0, 0.0))
+
+
+def scorer(server, **kwargs):
+    options = {"temperature": 1.0, "role": "teacher_model", "batch_size": 2, "timeout": 30.0, **kwargs}
+    return ServedScorer(server if isinstance(server, str) else server.url, **options)
+
+
+@pytest.fixture
+def batch(generator):
+    """Five rows of prompts, padded left, and completions, padded right: the second one has no completion."""
+    prompts, completions = torch.tensor([3, 5, 1, 4, 5]), torch.tensor([4, 0, 1, 7, 2])
+    ids = torch.randint(16, 259, (5, 12), generator=generator)
+    columns = torch.arange(12)
+    seen = (columns >= 5 - prompts.unsqueeze(1)) & (columns < 5 + completions.unsqueeze(1))
+    return ids, seen.long(), ids[:, 5:]
+
+
+def same_training(make, first, second, **kwargs):  # noqa: F811
+    one, two = (make(**given, **kwargs) for given in (first, second))
+    one.train()
+    two.train()
+    assert one.losses and one.losses == pytest.approx(two.losses, rel=CLOSE, abs=CLOSE)
+    for name, grad in one.grads.items():
+        torch.testing.assert_close(two.grads[name], grad, rtol=1e-4, atol=CLOSE)
+    return two
+
+
+class TestTraining:
+    def test_served_teacher_is_the_local_one(self, make, models, server):  # noqa: F811
+        trainer = same_training(make, {"teacher_model": str(models / "teacher")}, {"teacher_model": server.url})
+        assert isinstance(trainer.teachers[None], ServedScorer)
+        assert all(request["prompt_logprobs"] == 1 for request in server.requests[1:])
+
+    def test_served_reference_is_the_local_one(self, make, models, another):  # noqa: F811
+        same_training(make, {"ref_model": str(models / "base")}, {"ref_model": another.url})
+
+    def test_one_of_several(self, make, models, server, prompts):  # noqa: F811
+        rows = prompts.add_column("teacher_id", ["math", "code"] * 8)
+        here = {"math": str(models / "teacher"), "code": str(models / "base")}
+        same_training(
+            make,
+            {"teacher_model": here},
+            {"teacher_model": {**here, "math": server.url}},
+            train_dataset=rows,
+        )
+        asked = sum(len(request["prompt"]) for request in server.requests) - 1  # without the probe
+        assert 0 < asked < 4
+
+    def test_one_server_for_teacher_and_reference_is_asked_once_for_both(self, make, server):  # noqa: F811
+        trainer = make(teacher_model=server.url, ref_model=server.url)
+        assert trainer.teachers[None] is trainer.references[None]
+
+    def test_temperature_that_the_server_honours(self, make, models, server):  # noqa: F811
+        server.tempers = True
+        same_training(make, {"teacher_model": str(models / "teacher")}, {"teacher_model": server.url}, temperature=0.7)
+
+    def test_temperature_that_the_server_ignores(self, make, server):  # noqa: F811
+        with pytest.raises(ValueError, match=r"`teacher_model` at .* ignores the temperature.*Use `temperature=1`"):
+            make(teacher_model=server.url, temperature=0.7)
+
+    @pytest.mark.parametrize("estimator", ["full", "stratified"])
+    @pytest.mark.parametrize("role", ["teacher_model", "ref_model"])
+    def test_other_estimators_are_refused(self, make, estimator, role):  # noqa: F811
+        with pytest.raises(ValueError, match=rf"'{estimator}'.*http://nowhere can score. Use 'sampled'"):
+            make(gopd_estimator=estimator, **{role: "http://nowhere"})
+
+    @pytest.mark.parametrize("given", [{"revision": "v2"}, {"init_kwargs": {"dtype": "bfloat16"}}])
+    def test_options_of_loading_are_refused(self, make, server, given):  # noqa: F811
+        (name, value), *_ = given.items()
+        with pytest.raises(ValueError, match=rf"teacher_model_{name}=.*{server.url}.*Drop them"):
+            make(teacher_model=server.url, **{f"teacher_model_{name}": value})
+
+    def test_another_tokenizer_is_refused(self, make, server, tmp_path):  # noqa: F811
+        build_tokenizer(("<extra>",)).save_pretrained(tmp_path / "other")
+        server.root = str(tmp_path / "other")
+        with pytest.raises(ValueError, match="`teacher_model` .* has another tokenizer than the student: id 3"):
+            make(teacher_model=server.url)
+
+    def test_a_tokenizer_that_is_only_on_the_server_is_logged(self, make, server, caplog):  # noqa: F811
+        server.root = "/on/the/server/alone"
+        with caplog.at_level(logging.WARNING, "trl_gopd"):
+            make(teacher_model=server.url)
+        assert sum("tokenizer of `teacher_model` could not be compared" in text for text in caplog.messages) == 1
+
+    def test_a_run_goes_on_at_another_address(self, tmp_path, server):
+        models = {"teachers": {"": scorer(server).identity()}, "references": {}}
+        (tmp_path / "state.json").write_text(json.dumps(models))
+        models["teachers"][""] |= {"url": "http://elsewhere:8000"}
+        assert read_state(tmp_path / "state.json", models)
+        models["teachers"][""] |= {"name": "another model"}
+        with pytest.raises(ValueError, match="another model"):
+            read_state(tmp_path / "state.json", models)
+
+
+class TestScore:
+    @pytest.mark.parametrize("batch_size", [1, 2, 5])
+    def test_equals_the_model(self, server, batch, batch_size):
+        ids, seen, completion_ids = batch
+        got = scorer(server, batch_size=batch_size).score(*batch)
+        want = score(FrozenModel(server.model), FrozenModel(server.model), *batch, batch_size=5)
+        is_scored = seen[:, 5:].bool()
+        assert got.dtype == torch.float32 and got.shape == completion_ids.shape
+        torch.testing.assert_close(got[is_scored], want[is_scored], rtol=0, atol=CLOSE)
+        assert torch.equal(got[~is_scored], torch.zeros_like(got[~is_scored]))
+        sizes = [len(request["prompt"]) for request in server.requests[1:]]
+        assert sum(sizes) == 4 and max(sizes) <= batch_size  # the row without a completion is not sent
+
+    def test_padding_is_never_sent(self, server, batch):
+        ids, seen, completion_ids = batch
+        teacher = scorer(server)
+        want = teacher.score(*batch)
+        hidden = ids.masked_fill(seen == 0, 100_000)
+        assert torch.equal(teacher.score(hidden, seen, hidden[:, 5:]), want)
+
+    def test_nothing_to_score(self, server, batch):
+        ids, seen, completion_ids = batch
+        teacher = scorer(server)
+        assert teacher.score(ids, seen * (torch.arange(12) < 5), completion_ids).eq(0).all()
+        assert teacher.score(ids[:0], seen[:0], completion_ids[:0]).shape == (0, 7)
+        assert teacher.score(ids, seen, completion_ids[:, :0]).shape == (5, 0)
+        assert len(server.requests) == 1
+
+    def test_context_leaves_room_for_the_token_that_is_generated(self, server):
+        assert scorer(server).context == 255
+
+
+class TestAddress:
+    @pytest.mark.parametrize(
+        ("given", "expected"), [("http://a", True), ("https://a/b", True), ("a/b", False), (None, False), (3, False)]
+    )
+    def test_is_url(self, given, expected):
+        assert is_url(given) is expected
+
+    @pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/"])
+    def test_the_first_model_by_default(self, server, ending):
+        assert scorer(server.url + ending).model == "served"
+
+    def test_another_model_by_name(self, server, batch):
+        scorer(server.url + "#adapter").score(*batch)
+        assert {request["model"] for request in server.requests} == {"adapter"}
+
+    def test_a_model_that_is_not_there(self, server):
+        with pytest.raises(ValueError, match=r"has the models \['served', 'adapter'\]. Put the name of one"):
+            scorer(server.url + "#missing")
+
+
+class TestTemperature:
+    @pytest.mark.parametrize("temperature", [0.1, 0.95, 1.05, 4.0])
+    def test_is_proved_or_refused(self, server, temperature):
+        with pytest.raises(ValueError, match="ignores the temperature"):
+            scorer(server, temperature=temperature)
+        server.tempers = True
+        scorer(server, temperature=temperature)
+
+    def test_noise_is_no_proof(self, server, generator):
+        """Numbers that differ because the server rounds differently each time are not tempered."""
+
+        def noisy(choices):
+            for choice in choices:
+                for entries in choice["prompt_logprobs"][1:]:
+                    for entry in entries.values():
+                        entry["logprob"] = min(
+                            entry["logprob"] + 0.02 * torch.randn((), generator=generator).item(), 0
+                        )
+            return choices
+
+        server.edit = noisy
+        with pytest.raises(ValueError, match="ignores the temperature"):
+            scorer(server, temperature=0.9)
+        server.tempers = True
+        scorer(server, temperature=0.9)
+
+
+def put(value):
+    """Sets the log-probability of the row that ends with id 20 at its last position but one."""
+
+    def edit(choices):
+        for choice in choices:
+            entries = choice["prompt_logprobs"][-1]
+            if "20" in entries:
+                for entry in choice["prompt_logprobs"][-2].values():
+                    entry["logprob"] = value
+        return choices
+
+    return edit
+
+
+def without_token(choices):
+    for choice in choices:
+        choice["prompt_logprobs"] = choice["prompt_logprobs"][:-1]
+    return choices
+
+
+def without_id(choices):
+    for choice in choices:
+        choice["prompt_logprobs"][-1] = {"258": {"logprob": -1.0}}
+    return choices
+
+
+def without_numbers(choices):
+    for choice in choices:
+        del choice["prompt_logprobs"]
+    return choices
+
+
+class TestFailures:
+    @pytest.mark.parametrize(
+        ("value", "shown"),
+        [
+            (float("nan"), "nan"),
+            (None, "None"),
+            (float("-inf"), "-inf"),
+            (-9999.0, "-9999.0"),
+            (float("inf"), "inf"),
+            (0.5, "0.5"),
+        ],
+    )
+    def test_what_is_no_log_probability(self, server, batch, value, shown):
+        ids, seen, completion_ids = batch
+        ids[ids == 20] = 21
+        ids[3, 11] = 20  # seven tokens in the completion, in the third row that is sent
+        teacher = scorer(server)
+        server.edit = put(value)
+        with pytest.raises(RuntimeError, match=rf"{server.url} answered row 3, position 5 .*{shown}.*at most 0"):
+            teacher.score(ids, seen, completion_ids)
+
+    @pytest.mark.parametrize(
+        ("edit", "message"),
+        [
+            (without_token, r"the 7 tokens of row 0 with 6, .* from position 3 on"),
+            (without_numbers, r"the 7 tokens of row 0 with 0, .* from position 0 on"),
+            (without_id, r"row 0, position 3 of the completion, with the log-probability None for id \d+"),
+            (lambda choices: choices[1:], r"answered 2 sequences with 1"),
+        ],
+    )
+    def test_too_little(self, server, batch, edit, message):
+        ids, seen, completion_ids = batch
+        teacher = scorer(server)
+        server.edit = edit
+        with pytest.raises(RuntimeError, match=f"{server.url} .*{message}.*has to be vLLM's"):
+            teacher.score(ids[[0, 2]], seen[[0, 2]], completion_ids[[0, 2]])
+
+    def test_a_server_that_is_none_of_vllm(self, server):
+        server.names = []
+        with pytest.raises(ValueError, match=r"has the models \[\]"):
+            scorer(server)
+        server.edit = lambda choices: None
+        server.names = ["served"]
+        with pytest.raises(RuntimeError, match="without a list of `choices`: .*null.* has to be vLLM's"):
+            scorer(server)
+
+    def test_an_error_of_the_server_is_shown_once(self, server, batch):
+        teacher = scorer(server)
+        server.status = 500
+        with pytest.raises(RuntimeError, match="/v1/completions answered HTTP 500: .*out of memory"):
+            teacher.score(*batch)
+
+    def test_timeout(self, server, batch):
+        teacher = scorer(server, timeout=0.3)
+        server.hangs = True
+        with pytest.raises(TimeoutError, match=rf"{server.url}.* in 0.3 seconds.*raise `served_teacher_timeout`"):
+            teacher.score(*batch)
+
+    def test_a_lost_connection_is_tried_again(self, server, batch, caplog):
+        teacher = scorer(server, batch_size=5)
+        want = teacher.score(*batch)
+        server.drops = 2
+        assert torch.equal(teacher.score(*batch), want)
+        assert sum("trying again" in text for text in caplog.messages) == 2
+        server.drops = 3
+        with pytest.raises(ConnectionError, match="after 3 attempts"):
+            teacher.score(*batch)
+
+    def test_nobody_listens(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{free.getsockname()[1]}"
+            with pytest.raises(
+                ConnectionError, match=f"{url} cannot be reached after 3 attempts.*Check that the server"
+            ):
+                scorer(url)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan")])
+def test_timeout_is_checked(make, seconds):  # noqa: F811
+    with pytest.raises(ValueError, match=f"`served_teacher_timeout` must be positive and finite, got {seconds}. Use"):
+        make(served_teacher_timeout=seconds)
