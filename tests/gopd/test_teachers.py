@@ -261,11 +261,25 @@ class TestAdapterChoice:
         assert trainer.references[None].adapter == "ref_model"
         trainer.train()
 
-    def test_name_taken(self, make, models, adapters):  # noqa: F811
-        student = get_peft_model(load(models / "student"), LoraConfig(**LORA))
-        student.add_adapter("teacher_model", LoraConfig(**LORA))
+    def test_names_that_collide(self, several, prompts, adapters):
+        ids = ["v1.0" if index % 2 else "v1_0" for index in range(16)]
         with pytest.raises(ValueError, match="already has one of that name.*Rename"):
-            make(model=student, teacher_model=str(adapters["math"]))
+            several(
+                teacher_model={"v1.0": str(adapters["math"]), "v1_0": str(adapters["code"])},
+                train_dataset=prompts.add_column("teacher_id", ids),
+                peft_config=LoraConfig(**LORA),
+            )
+
+    def test_base_of_the_student_is_not_loaded_again(self, make, models):  # noqa: F811
+        trainer = make(teacher_model=str(models / "student"), gopd_lambda=1.0, peft_config=LoraConfig(**LORA))
+        assert isinstance(trainer.teachers[None], StudentAdapter) and trainer.teachers[None].adapter is None
+        trainer.train()
+        assert trainer.losses == [pytest.approx(0, abs=1e-6)]  # a fresh adapter changes nothing
+
+    def test_a_base_in_memory_may_have_other_weights_than_its_name(self, make, models, adapters):  # noqa: F811
+        student = get_peft_model(load(models / "student"), LoraConfig(**LORA))
+        trainer = make(model=student, teacher_model=str(adapters["math"]), ref_model=str(models / "student"))
+        assert isinstance(trainer.teachers[None], Frozen) and isinstance(trainer.references[None], Frozen)
 
 
 class TestManifest:

@@ -666,6 +666,13 @@ def is_same_model(name: str, other: str | None) -> bool:
     return name == other or os.path.isdir(name) and os.path.realpath(name) == os.path.realpath(other)
 
 
+def is_base_of(given: str, student: nn.Module, revision: str | None) -> bool:
+    """Whether a name or path is that of the model under a student's adapter."""
+    if not is_peft_available() or not isinstance(student, PeftModel) or revision is not None:
+        return False
+    return is_same_model(given, student.get_base_model().config._name_or_path)
+
+
 def is_adapter(given: str, revision: str | None) -> bool:
     """Whether a name or path holds an adapter and not a model."""
     return is_peft_available() and find_adapter_config_file(given, revision=revision) is not None

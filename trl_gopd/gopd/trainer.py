@@ -96,8 +96,9 @@ class GOPDTrainer(GRPOTrainer):
             The teacher π*; may be quantized. Defaults to `args.teacher_model_name_or_path`. A name or path is loaded
             in the dtype of its checkpoint. It must have the student's tokenizer; padded vocabularies may differ. A
             dictionary holds several teachers by id; the column `teacher_id` says which of them scores a row, and it
-            alone is run on it. If the student is a base with an adapter, a name or path of another adapter on the
-            same base shares the student's weights. The URL of a vLLM server has that score.
+            alone is run on it. If the student is given by name with a `peft_config`, its base and other adapters on
+            that base, given by name, share the student's weights, unless these are quantized. The URL of a vLLM server
+            has that score.
         args ([`GOPDConfig`], *optional*):
             Configuration. Defaults to a plain one with the directory `{model}-GOPD`.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -232,6 +233,8 @@ class GOPDTrainer(GRPOTrainer):
             **grpo_kwargs,
         )
         self._check_student()
+        # Only then are the weights under the student's adapter known to be those of their name.
+        self._is_plain_base = isinstance(model, str) and not getattr(self._student_base, "is_quantized", False)
         self._shared_adapters: list[str] = []
         self._scorers: dict[tuple, teachers.Scorer] = {}
         self.teachers = {
@@ -316,9 +319,12 @@ class GOPDTrainer(GRPOTrainer):
             return self._scorers[source]
         label = role if teacher_id is None else f"{role}[{teacher_id!r}]"
         student = self.accelerator.unwrap_model(self.model)
+        shares = isinstance(given, str) and self._is_plain_base and not init_kwargs
         if is_url(given):
             scorer = self._served(given, label, role, init_kwargs, revision)
-        elif isinstance(given, str) and teachers.fits_student(given, student, revision):
+        elif shares and teachers.is_base_of(given, student, revision):
+            scorer = self._student_adapter(None)
+        elif shares and teachers.fits_student(given, student, revision):
             name = role if teacher_id is None else f"{role}_{teacher_id.replace('.', '_')}"
             teachers.put_on_student(given, student, name=name, role=label, revision=revision)
             self._shared_adapters.append(name)
