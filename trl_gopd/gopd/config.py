@@ -106,6 +106,14 @@ class GOPDConfig(GRPOConfig):
         overlong_teacher_prompts (`str`, *optional*, defaults to `"raise"`):
             What becomes of a row whose teacher's prompt and completion exceed the teacher's context: `"raise"`, or
             `"drop"` to leave it out of the loss. Nothing is ever truncated.
+        logprob_cache_dir (`str`, *optional*):
+            Folder for the log-probabilities of frozen models, one SQLite file each. A completion that one of them has
+            scored after the same prompt is not scored again, in this run or another; a file can stand for its model.
+            Only with `gopd_estimator="sampled"`.
+        use_stored_completions (`bool`, *optional*, defaults to `False`):
+            Whether completions are read from a column `completion_ids` instead of being sampled. Where there is a
+            column `sampling_per_token_logps`, their tokens are weighed by what the student and their sampler gave
+            them, at most by `vllm_importance_sampling_clip_max`. Needs `num_generations=1`.
         offload_frozen_models (`bool`, *optional*, defaults to `False`):
             Whether teachers and references wait in CPU memory, and are on the device only while they score. Not with
             other estimators than `"sampled"`, which need their heads in the loss.
@@ -234,6 +242,12 @@ class GOPDConfig(GRPOConfig):
             "choices": ["raise", "drop"],
         },
     )
+    logprob_cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder where log-probabilities of frozen models are kept."}
+    )
+    use_stored_completions: bool = field(
+        default=False, metadata={"help": "Whether completions are read from a column instead of being sampled."}
+    )
     offload_frozen_models: bool = field(
         default=False, metadata={"help": "Whether frozen models wait in CPU memory while they do not score."}
     )
@@ -318,12 +332,17 @@ class GOPDConfig(GRPOConfig):
                 "for no gate."
             )
         if self.gopd_estimator != "sampled":
-            for name in ("gopd_discount", "gopd_deterministic_above", "gopd_needs_agreement"):
+            for name in ("gopd_discount", "gopd_deterministic_above", "gopd_needs_agreement", "logprob_cache_dir"):
                 if getattr(self, name):
                     raise ValueError(
-                        f"`{name}={getattr(self, name)}` acts on the sampled token and needs "
+                        f"`{name}={getattr(self, name)!r}` is about the sampled tokens alone and needs "
                         f"`gopd_estimator='sampled'`, got {self.gopd_estimator!r}."
                     )
+        if self.use_stored_completions and (self.num_generations != 1 or self.use_vllm):
+            raise ValueError(
+                "`use_stored_completions` has one completion a row and samples none: use `num_generations=1` and "
+                f"`use_vllm=False`, got {self.num_generations} and {self.use_vllm}."
+            )
         self.build_lambda_schedule()  # which refuses what does not fit together
 
     def build_lambda_schedule(self) -> LambdaSchedule:

@@ -25,7 +25,6 @@ import transformers
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -52,6 +51,7 @@ from .preflight_report import (
     PreflightReport,
     recommend,
 )
+from .rollouts import pad_ids
 from .scoring import evaluation_mode
 from .teachers import Frozen, check_tokenizer
 
@@ -314,7 +314,7 @@ class _Run:
         ):
             torch.manual_seed(self.seed)  # the same for each λ, so that their rewards are compared on alike draws
             for part in chunk_slices(len(self.prompt_ids), self.batch_size):
-                ids, mask = _pad(self.prompt_ids[part], pad_id, "left", device)
+                ids, mask = pad_ids(self.prompt_ids[part], side="left", device=device)
                 extrapolated = ExtrapolatedLogitsProcessor(
                     self.reference.inner, gopd_lambda=gopd_lambda, attention_mask=mask
                 )
@@ -353,7 +353,7 @@ class _Run:
         for part in tqdm(chunk_slices(len(completions), self.batch_size), "Scoring", unit="batch", disable=None):
             rows = [p + c for p, c in zip(self.prompt_ids[part], completions[part], strict=True)]
             # Padded right, so that positions count from the first token in every family.
-            ids, mask = _pad(rows, self._pad_id, "right", torch.device("cpu"))
+            ids, mask = pad_ids(rows, side="right", device="cpu")
             starts = torch.tensor([len(p) for p in self.prompt_ids[part]]).unsqueeze(1)
             chosen = (mask.bool() & (torch.arange(ids.size(1)) >= starts))[:, 1:]
             labels = ids[:, 1:][chosen]
@@ -625,15 +625,6 @@ def _blank_generation_config(base: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         base.generation_config = own
-
-
-def _pad(rows: list[list[int]], pad_id: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask `(B, L)`."""
-    ids = [torch.tensor(row) for row in rows]
-    return (
-        pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side=side).to(device),
-        pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side=side).to(device),
-    )
 
 
 def _device(frozen: Frozen) -> torch.device:

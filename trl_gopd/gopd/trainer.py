@@ -9,6 +9,7 @@ import types
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 import trl
@@ -21,6 +22,7 @@ from trl import GRPOTrainer
 
 from . import teachers
 from ._trl import disable_gradient_checkpointing, gather_heads, get_config_model_id
+from .cache import CachedScorer
 from .config import GOPDConfig
 from .monitors import completion_rows, is_eos, summarize_completions, token_table, topk_overlap
 from .objective import (
@@ -32,6 +34,7 @@ from .objective import (
     token_advantages,
 )
 from .prompts import TeacherPrompts
+from .rollouts import stored_completions
 from .schedules import deviation_squares, gate_lambda
 from .scoring import logit_transform
 from .served import ServedScorer, is_url
@@ -45,6 +48,7 @@ if is_peft_available():
 logger = logging.getLogger(__name__)
 
 STATE = "gopd_state.json"
+CACHE_SUFFIX = ".sqlite3"
 SHOWN_COMPLETIONS = 8  # in the page of coloured tokens
 PER_TEACHER = ("reverse_kl", "teacher_logp", "advantage_mean", "implicit_reward", "clip_share", "lambda")
 
@@ -98,7 +102,7 @@ class GOPDTrainer(GRPOTrainer):
             dictionary holds several teachers by id; the column `teacher_id` says which of them scores a row, and it
             alone is run on it. If the student is given by name with a `peft_config`, its base and other adapters on
             that base, given by name, share the student's weights, unless these are quantized. The URL of a vLLM server
-            has that score.
+            has that score, and a file of `args.logprob_cache_dir` what the model behind it has scored.
         args ([`GOPDConfig`], *optional*):
             Configuration. Defaults to a plain one with the directory `{model}-GOPD`.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -194,6 +198,8 @@ class GOPDTrainer(GRPOTrainer):
             for part_name, part in (parts or {name: dataset}).items():
                 _check_dataset(part, part_name)
                 self._routing.check_dataset(part, part_name)
+        if args.use_stored_completions and (tools or grpo_kwargs.get("environment_factory") is not None):
+            raise ValueError("`use_stored_completions` samples nothing, so there is no turn for tools. Drop them.")
         self._has_rewards = bool(reward_funcs) or grpo_kwargs.get("environment_factory") is not None
         if self._has_rewards and args.num_generations < 2:
             raise ValueError(
@@ -274,6 +280,9 @@ class GOPDTrainer(GRPOTrainer):
             contexts={key: scorer.context for key, scorer in self.teachers.items()},
             drops_overlong=args.overlong_teacher_prompts == "drop",
         )
+        self._caches: list[CachedScorer] = []
+        if args.logprob_cache_dir is not None:
+            self._cache_scorers(Path(args.logprob_cache_dir))
         self._teacher_panel = teachers.Panel(list(self.teachers.values()), self.accelerator)
         self._reference_panel = (
             teachers.Panel(list(self.references.values()), self.accelerator) if self.references else None
@@ -312,7 +321,7 @@ class GOPDTrainer(GRPOTrainer):
         kwargs = {key: value for key, value in (kwargs or {}).items() if key != "dtype"}
         return self._scorer(start, None, role="ref_model", init_kwargs=kwargs, revision=None)
 
-    def _scorer(self, given, teacher_id: str | None, *, role: str, init_kwargs, revision) -> teachers.Scorer:
+    def _scorer(self, given, teacher_id: str | None, *, role: str, init_kwargs, revision):
         """What scores with a model that the user gave; the same one for the same model."""
         source = (given if isinstance(given, str) else id(given), revision, repr(init_kwargs))
         if source in self._scorers:
@@ -320,7 +329,9 @@ class GOPDTrainer(GRPOTrainer):
         label = role if teacher_id is None else f"{role}[{teacher_id!r}]"
         student = self.accelerator.unwrap_model(self.model)
         shares = isinstance(given, str) and self._is_plain_base and not init_kwargs
-        if is_url(given):
+        if isinstance(given, str) and given.endswith(CACHE_SUFFIX):
+            scorer = self._stored(given, label)
+        elif is_url(given):
             scorer = self._served(given, label, role, init_kwargs, revision)
         elif shares and teachers.is_base_of(given, student, revision):
             scorer = self._student_adapter(None)
@@ -378,6 +389,30 @@ class GOPDTrainer(GRPOTrainer):
         teachers.check_vocabulary(self._tokenizer, scorer.source, role=label)
         return scorer
 
+    def _stored(self, path: str, label: str) -> CachedScorer:
+        """Scores that a model left behind in a cache, without the model."""
+        if self.args.gopd_estimator != "sampled":
+            raise ValueError(
+                f"`{label}` is a cache of log-probabilities of sampled tokens ({path}), and `gopd_estimator="
+                f"{self.args.gopd_estimator!r}` needs those of others. Use 'sampled'."
+            )
+        return CachedScorer(None, path, temperature=self.temperature)
+
+    def _cache_scorers(self, folder: Path):
+        """Puts a cache before every frozen model that is not the student's own base."""
+        folder.mkdir(parents=True, exist_ok=True)
+        cached: dict[teachers.Scorer, CachedScorer] = {}
+        for role, scorers in (("teacher", self.teachers), ("reference", self.references)):
+            for key, scorer in scorers.items():
+                if isinstance(scorer, CachedScorer | teachers.StudentAdapter):
+                    continue
+                if scorer not in cached:
+                    name = role if key is None else f"{role}-{quote(key, safe='')}"
+                    path = folder / f"{name}{CACHE_SUFFIX}"
+                    cached[scorer] = CachedScorer(scorer, path, temperature=self.temperature)
+                scorers[key] = cached[scorer]
+        self._caches = list(cached.values())
+
     @property
     def _scorer_options(self) -> dict:
         return {
@@ -432,8 +467,31 @@ class GOPDTrainer(GRPOTrainer):
 
     # One generation batch
 
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        if not self.args.use_stored_completions:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        return stored_completions(self._rows, max_length=self.max_completion_length)
+
+    @torch.no_grad()
+    def _weigh_stored(self, output, inputs):
+        """Importance weights of the tokens of stored completions, if it is known what their sampler gave them."""
+        _, sampled = stored_completions(inputs, max_length=self.max_completion_length)
+        if sampled is None:
+            return
+        mask = output["completion_mask"]
+        sampler_logps = torch.zeros(mask.shape, device=mask.device)
+        for number, logps in enumerate(sampled):
+            sampler_logps[number, : len(logps)] = torch.tensor(logps)
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            student_logps = self._student_logps(*_read_by_student(output), mask.size(1)).float()
+        weights = ((student_logps - sampler_logps) * mask).exp()
+        output["importance_weights"] = weights.clamp(max=self.args.vllm_importance_sampling_clip_max)
+
     def _generate_and_score_completions(self, inputs):
+        self._rows = inputs
         output = super()._generate_and_score_completions(inputs)
+        if self.args.use_stored_completions:
+            self._weigh_stored(output, inputs)
         if "pixel_values" in output:  # from a tool, or from rows without column names
             raise NotImplementedError("Rows with images are not supported: frozen models score text only.")
         owners, lambdas = self._routing.rows(inputs, device=output["completion_ids"].device)
@@ -464,7 +522,18 @@ class GOPDTrainer(GRPOTrainer):
         scores = {"teacher_logps": self._teacher_panel.score(owners, *_read_by_teacher(output), completion_ids)}
         if self._reference_panel is not None:
             scores["reference_logps"] = self._reference_panel.score(owners, *_read_by_student(output), completion_ids)
+        if self._caches:
+            self._log_cache_hits()
         return scores
+
+    def _log_cache_hits(self):
+        counts = torch.tensor([[cache.hits, cache.misses] for cache in self._caches], device=self.accelerator.device)
+        hits, misses = self.accelerator.reduce(counts.sum(0).float(), reduction="sum").tolist()
+        if hits + misses:
+            mode = "train" if self.model.training else "eval"
+            self._metrics[mode]["gopd/cache_hit_share"].append(hits / (hits + misses))
+        for cache in self._caches:
+            cache.hits = cache.misses = 0
 
     def _student_logps(self, ids: Tensor, seen: Tensor, num_tokens: int) -> Tensor:
         return super()._get_per_token_logps_and_entropies(
@@ -571,6 +640,8 @@ class GOPDTrainer(GRPOTrainer):
             advantages=advantages,
             lambdas=lambdas,
         )
+        if "importance_weights" in inputs:
+            advantages = advantages * inputs["importance_weights"]
         if self.args.gopd_discount:
             advantages = discounted_advantages(advantages, known, self.args.gopd_discount)
         # GRPO's own advantages are zero without `reward_funcs`.
