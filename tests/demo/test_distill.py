@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from trl_gopd.demo import arithmetic, distill
+from trl_gopd.demo import arithmetic, distill, results
 
 
 def row(seed, model, accuracy, **kwargs):
@@ -21,15 +21,15 @@ class TestTask:
         assert len(ids) == 8 and tokenizer.decode(ids) == "47+38=85"
 
     def test_splits_are_disjoint(self):
-        train, test = ({tuple(p) for p in arithmetic.sums(split).tolist()} for split in ("train", "test"))
+        train, test = ({tuple(p) for p in arithmetic.operands(split).tolist()} for split in ("train", "test"))
         assert not train & test and len(train | test) == 90 * 90
 
     def test_unknown_split(self):
         with pytest.raises(ValueError, match="must be 'train' or 'test', got 'valid'"):
-            arithmetic.sums("valid")
+            arithmetic.operands("valid")
 
     def test_noise_is_the_share_of_wrong_answers(self, generator):
-        pairs = arithmetic.sums("train").repeat(5, 1)
+        pairs = arithmetic.operands("train").repeat(5, 1)
         answers = arithmetic.noisy_answers(pairs, noise=0.3, generator=generator)
         share = (answers != pairs.sum(1)).float().mean().item()
         assert abs(share - 0.3) < 4 * math.sqrt(0.3 * 0.7 / len(pairs))
@@ -73,7 +73,7 @@ def test_contract_of_the_json(tmp_path):
         seeds=1, output_dir=tmp_path, lambdas=(1.0, 1.25), estimators=("full",), settings=settings, workers=2
     )
     path = tmp_path / "out.json"
-    distill.write_json(result, path)
+    results.write_json(result, path)
     distill.draw(result, tmp_path / "figure.png")
     distill.print_table(result)
     again = json.loads(path.read_text())

@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+from trl_gopd.demo import distill
+
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,6 +23,11 @@ def test_readme_table_is_the_committed_result():
         assert (accuracy, error) == (f"{row['accuracy']:.3f}", f"{row['standard_error']:.3f}")
         if gain.strip():
             assert gain.strip() == f"{row['gain_over_teacher']:+.3f} ± {row['gain_standard_error']:.3f}"
+
+
+def test_committed_summary_is_that_of_the_committed_rows():
+    result = json.loads((ROOT / "docs/results/demo_distill.json").read_text())
+    assert distill.summarize(result["rows"]) == result["summary"]
 
 
 def test_committed_result_shows_the_claim():

@@ -1,7 +1,9 @@
 """`trl-gopd demo`: the paper's claim on this machine, in minutes."""
 
 import argparse
+import importlib
 from pathlib import Path
+from types import ModuleType
 
 from .arguments import at_least, reward_scale
 
@@ -10,18 +12,20 @@ def build_parser() -> argparse.ArgumentParser:
     """Parser of the sub-command."""
     parser = argparse.ArgumentParser("trl-gopd demo", description=__doc__)
     scenes = parser.add_subparsers(dest="scene", required=True)
-    distill = scenes.add_parser("distill", help="distil a small teacher at several λ and compare")
-    distill.add_argument("--seeds", type=at_least(1), default=1, help="how many seeds to run (default: 1)")
-    distill.add_argument("--lambdas", type=reward_scale, nargs="+", help="reward scales (default: 0.5 1 1.25 1.5)")
-    distill.add_argument("--estimators", nargs="+", choices=("sampled", "full"), help="estimators (default: both)")
-    distill.add_argument("--output-dir", type=Path, default=Path("demo_out"), help="models and figure (demo_out)")
-    distill.add_argument("--json", type=Path, help="where the result goes (default: distill.json in --output-dir)")
-    distill.add_argument("--workers", type=at_least(1), default=2, help="processes, one thread each (default: 2)")
+    for name, summary, lambdas in (
+        ("distill", "distil a small teacher at several λ and compare", "0.5 1 1.25 1.5"),
+    ):
+        scene = scenes.add_parser(name, help=summary)
+        scene.add_argument("--seeds", type=at_least(1), default=1, help="how many seeds to run (default: 1)")
+        scene.add_argument("--lambdas", type=reward_scale, nargs="+", help=f"reward scales (default: {lambdas})")
+        scene.add_argument("--estimators", nargs="+", choices=("sampled", "full"), help="estimators (default: both)")
+        scene.add_argument("--workers", type=at_least(1), default=2, help="processes, one thread each (default: 2)")
     quantize = scenes.add_parser("quantize", help="quantize SmolLM2-135M-Instruct, measure it and ask it questions")
     quantize.add_argument("--bits", type=int, nargs="+", choices=(2, 3, 4, 8), help="code widths (default: 3 2)")
-    quantize.add_argument("--output-dir", type=Path, default=Path("demo_out"), help="models and figure (demo_out)")
-    quantize.add_argument("--json", type=Path, help="where the result goes (default: quantize.json in --output-dir)")
     quantize.add_argument("--chat", action="store_true", help="then talk to the smallest, until an empty line")
+    for name, scene in scenes.choices.items():
+        scene.add_argument("--output-dir", type=Path, default=Path("demo_out"), help="models and figure (demo_out)")
+        scene.add_argument("--json", type=Path, help=f"where the result goes (default: {name}.json in --output-dir)")
     return parser
 
 
@@ -34,35 +38,38 @@ def main(arguments: list[str]) -> int:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if not json_path.parent.is_dir():
         parser.error(f"--json {json_path}: the folder {json_path.parent} does not exist; make it or name another")
-    scene = _distill if args.scene == "distill" else _quantize
+    scene = _quantize if args.scene == "quantize" else _train
     scene(args, json_path)
     return 0
 
 
-def _distill(args: argparse.Namespace, json_path: Path) -> None:
-    from trl_gopd.demo import distill
-
-    result = distill.run(
+def _train(args: argparse.Namespace, json_path: Path) -> None:
+    scene = importlib.import_module(f"trl_gopd.demo.{args.scene}")
+    result = scene.run(
         seeds=args.seeds,
         output_dir=args.output_dir,
-        lambdas=args.lambdas or distill.LAMBDAS,
-        estimators=args.estimators or distill.ESTIMATORS,
+        lambdas=args.lambdas or scene.LAMBDAS,
+        estimators=args.estimators or scene.ESTIMATORS,
         workers=args.workers,
     )
-    distill.write_json(result, json_path)
-    distill.draw(result, args.output_dir / "distill.png")
-    distill.print_table(result)
-    print(f"{result['seconds']:.0f} s; wrote {json_path} and {args.output_dir / 'distill.png'}")
+    _show(scene, result, args, json_path)
 
 
 def _quantize(args: argparse.Namespace, json_path: Path) -> None:
-    from trl_gopd.demo import distill, quantize
+    from trl_gopd.demo import quantize
 
     bits = args.bits or quantize.BITS
     result = quantize.run(args.output_dir, bits)
-    distill.write_json(result, json_path)
-    quantize.draw(result, args.output_dir / "quantize.png")
-    quantize.print_table(result)
-    print(f"{result['seconds']:.0f} s; wrote {json_path} and {args.output_dir / 'quantize.png'}")
+    _show(quantize, result, args, json_path)
     if args.chat:
         quantize.chat(quantize.folder_of(args.output_dir, min(bits)))
+
+
+def _show(scene: ModuleType, result: dict, args: argparse.Namespace, json_path: Path) -> None:
+    from trl_gopd.demo.results import write_json
+
+    figure = args.output_dir / f"{args.scene}.png"
+    write_json(result, json_path)
+    scene.draw(result, figure)
+    scene.print_table(result)
+    print(f"{result['seconds']:.0f} s; wrote {json_path} and {figure}")

@@ -1,30 +1,42 @@
 """
-Two-digit addition, learned from scratch in a minute: the task on which the demo distils.
+Arithmetic on two-digit numbers, learned from scratch in a minute: the task on which the demo distils.
 
 A prompt is `47+38=`, and its answer `58`: 85 with the units first, the order in which carries arise. A base model is
-trained on sums of which a share is answered wrongly, so it samples wrong answers about as often. The teacher is that
-base after some reinforcement learning on exact answers. A quarter of the sums is held out of all training, and
-accuracy is measured on those alone.
+trained on answers of which a share is wrong, so it samples wrong answers about as often. The teacher is that base
+after some reinforcement learning on exact answers. A quarter of the pairs of numbers is held out of all training, and
+accuracy is measured on those alone. The operation is addition unless another one is asked for; all have one split.
 
 Nothing is downloaded: vocabulary, models and data are made here. All training is done by TRL's own trainers.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os import PathLike
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from trl_gopd import GOPDConfig, GOPDTrainer
 
 
 OPERANDS = range(10, 100)
 # The largest sum, 198, has three digits; one more token ends the answer.
 MAX_COMPLETION_LENGTH = 4
 PROMPT_LENGTH = 6
-# Which sums are held out does not depend on the seed of a run: models of different seeds are compared on the same.
+# Which pairs are held out does not depend on the seed of a run: models of different seeds are compared on the same.
 SPLIT_SEED = 0
 HELD_OUT_SHARE = 0.25
 
@@ -54,9 +66,30 @@ class Size:
     num_layers: int
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+@dataclass(frozen=True)
+class Operation:
     """
-    One token a character: the digits, `+` and `=`, and one each for padding and the end.
+    What is done with two numbers.
+
+    Args:
+        sign (`str`): The character between them.
+        answers (`Callable`): From pairs `(rows, 2)` to answers `(rows,)`, int64 both.
+        possible (`range`): What an answer can be, no more than three digits long.
+    """
+
+    sign: str
+    answers: Callable[[Tensor], Tensor]
+    possible: range
+
+
+ADDITION = Operation("+", lambda pairs: pairs.sum(1), range(2 * min(OPERANDS), 2 * max(OPERANDS) + 1))
+DIFFERENCE = Operation("-", lambda pairs: (pairs[:, 0] - pairs[:, 1]).abs(), range(len(OPERANDS)))
+OPERATIONS = {"addition": ADDITION, "difference": DIFFERENCE}
+
+
+def build_tokenizer(operations: Sequence[Operation] = (ADDITION,)) -> PreTrainedTokenizerFast:
+    """
+    One token a character: the digits, `+` and `=`, and one each for padding and the end; then other operations' signs.
 
     Example:
 
@@ -69,7 +102,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
     ```
     """
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *"0123456789+="])}
+    # `dict`: addition's own sign, if it is among `operations`, keeps its place
+    tokens = dict.fromkeys(["<pad>", "<eos>", *"0123456789+=", *(operation.sign for operation in operations)])
+    vocabulary = {token: index for index, token in enumerate(tokens)}
     backend = Tokenizer(models.WordLevel(vocabulary))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.decoder = decoders.Fuse()
@@ -106,15 +141,16 @@ def build_model(tokenizer: PreTrainedTokenizerFast, size: Size, *, seed: int) ->
         return LlamaForCausalLM(config).float()
 
 
-def sums(split: str) -> Tensor:
+def operands(split: str) -> Tensor:
     """
-    The operands of all sums of a split, shuffled, `(rows, 2)` int64. The two splits are disjoint for every seed.
+    All pairs of numbers of a split, shuffled, `(rows, 2)` int64. The two splits are disjoint, for every seed and
+    across operations.
 
     Args:
         split (`str`): `"train"` or `"test"`.
     """
-    operands = torch.tensor(list(OPERANDS))
-    pairs = torch.cartesian_prod(operands, operands)
+    numbers = torch.tensor(list(OPERANDS))
+    pairs = torch.cartesian_prod(numbers, numbers)
     pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(SPLIT_SEED))]
     held_out = round(HELD_OUT_SHARE * len(pairs))
     if split not in ("train", "test"):
@@ -122,17 +158,18 @@ def sums(split: str) -> Tensor:
     return pairs[:held_out] if split == "test" else pairs[held_out:]
 
 
-def noisy_answers(pairs: Tensor, *, noise: float, generator: torch.Generator) -> Tensor:
+def noisy_answers(
+    pairs: Tensor, *, noise: float, generator: torch.Generator, operation: Operation = ADDITION
+) -> Tensor:
     """
     Answers `(rows,)` int64 to `pairs` `(rows, 2)`, of which each is wrong with probability `noise`.
 
-    A wrong answer is another number that a sum of two-digit numbers can be, each equally likely.
+    A wrong answer is another number that the operation's answer can be, each equally likely.
     """
-    answers = pairs.sum(1)
-    smallest, largest = 2 * min(OPERANDS), 2 * max(OPERANDS)
+    answers = operation.answers(pairs)
+    smallest, candidates = operation.possible.start, len(operation.possible)
     is_wrong = torch.rand(len(pairs), generator=generator) < noise
     # A shift of at least one and less than the number of candidates, taken round, never ends where it began.
-    candidates = largest - smallest + 1
     shift = torch.randint(1, candidates, (len(pairs),), generator=generator)
     return torch.where(is_wrong, (answers - smallest + shift) % candidates + smallest, answers)
 
@@ -154,10 +191,15 @@ def written(number: int) -> str:
     return str(number)[::-1]
 
 
-def prompts(pairs: Tensor) -> Dataset:
+def prompts(pairs: Tensor, operation: Operation = ADDITION) -> Dataset:
     """Rows `{prompt, answer}`, both strings."""
-    pairs = pairs.tolist()
-    return Dataset.from_dict({"prompt": [f"{a}+{b}=" for a, b in pairs], "answer": [written(a + b) for a, b in pairs]})
+    answers = operation.answers(pairs).tolist()
+    return Dataset.from_dict(
+        {
+            "prompt": [f"{a}{operation.sign}{b}=" for a, b in pairs.tolist()],
+            "answer": [written(answer) for answer in answers],
+        }
+    )
 
 
 def exact_answer(completions: list[str], answer: list[str], **kwargs) -> list[float]:
@@ -165,16 +207,29 @@ def exact_answer(completions: list[str], answer: list[str], **kwargs) -> list[fl
     return [float(given == expected) for given, expected in zip(completions, answer, strict=True)]
 
 
-def answered_sums(tokenizer: PreTrainedTokenizerFast, *, rows: int, noise: float, seed: int) -> Dataset:
-    """Tokenized training sums with noisy answers, drawn with repetition, in the form [`~trl.SFTTrainer`] takes."""
+def answered(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    rows: int,
+    noise: float,
+    seed: int,
+    operations: Sequence[Operation] = (ADDITION,),
+) -> Dataset:
+    """
+    Tokenized training prompts with noisy answers, drawn with repetition, in the form [`~trl.SFTTrainer`] takes.
+
+    Operations have equal shares of `rows`, rounded up, one after the other.
+    """
     generator = torch.Generator().manual_seed(seed)
-    pairs = sums("train")
-    pairs = pairs[torch.randint(len(pairs), (rows,), generator=generator)]
-    answers = noisy_answers(pairs, noise=noise, generator=generator)
-    texts = [
-        f"{a}+{b}={written(answer)}{tokenizer.eos_token}"
-        for (a, b), answer in zip(pairs.tolist(), answers.tolist(), strict=True)
-    ]
+    texts = []
+    for operation in operations:
+        pairs = operands("train")
+        pairs = pairs[torch.randint(len(pairs), (-(-rows // len(operations)),), generator=generator)]
+        answers = noisy_answers(pairs, noise=noise, generator=generator, operation=operation)
+        texts += [
+            f"{a}{operation.sign}{b}={written(answer)}{tokenizer.eos_token}"
+            for (a, b), answer in zip(pairs.tolist(), answers.tolist(), strict=True)
+        ]
     input_ids = tokenizer(texts).input_ids
     labels = [[-100] * PROMPT_LENGTH + ids[PROMPT_LENGTH:] for ids in input_ids]  # only the answer is learned
     return Dataset.from_dict({"input_ids": input_ids, "labels": labels})
@@ -190,9 +245,13 @@ def train_base(
     output_dir: str,
     batch_size: int = 256,
     learning_rate: float = 2e-3,
+    operations: Sequence[Operation] = (ADDITION,),
     callbacks: list[TrainerCallback] | None = None,
 ) -> PreTrainedModel:
-    """A model that has learned from noisy answers with [`~trl.SFTTrainer`], each training row seen once."""
+    """
+    A model that has learned from noisy answers with [`~trl.SFTTrainer`], each training row seen once. It is saved in
+    `output_dir`, with the tokenizer.
+    """
     trainer = SFTTrainer(
         model=build_model(tokenizer, size, seed=seed),
         args=SFTConfig(
@@ -207,12 +266,12 @@ def train_base(
             seed=seed,
             **CPU,
         ),
-        train_dataset=answered_sums(tokenizer, rows=steps * batch_size, noise=noise, seed=seed),
+        train_dataset=answered(tokenizer, rows=steps * batch_size, noise=noise, seed=seed, operations=operations),
         processing_class=tokenizer,
         callbacks=callbacks,
     )
     trainer.train()
-    return trainer.model
+    return _saved(trainer, output_dir)
 
 
 def train_teacher(
@@ -225,9 +284,13 @@ def train_teacher(
     prompts_per_step: int = 64,
     num_generations: int = 8,
     learning_rate: float = 1e-4,
+    operation: Operation = ADDITION,
     callbacks: list[TrainerCallback] | None = None,
 ) -> PreTrainedModel:
-    """`base` after `steps` of [`~trl.GRPOTrainer`] with [`exact_answer`] as reward. `base` itself is changed."""
+    """
+    `base` after `steps` of [`~trl.GRPOTrainer`] with [`exact_answer`] as reward, saved as [`train_base`] does. `base`
+    itself is changed.
+    """
     trainer = GRPOTrainer(
         model=base,
         reward_funcs=exact_answer,
@@ -242,18 +305,67 @@ def train_teacher(
             seed=seed,
             **CPU,
         ),
-        train_dataset=prompts(sums("train")),
+        train_dataset=prompts(operands("train"), operation),
         processing_class=tokenizer,
         callbacks=callbacks,
     )
     trainer.train()
+    return _saved(trainer, output_dir)
+
+
+def train_student(
+    student: str,
+    teacher_model: str | dict[str, str],
+    tokenizer: PreTrainedTokenizerFast,
+    train_dataset: Dataset,
+    *,
+    gopd_lambda: float,
+    estimator: str,
+    steps: int,
+    seed: int,
+    output_dir: str,
+    batch_size: int,
+    learning_rate: float,
+    ref_model: str | None = None,
+) -> PreTrainedModel:
+    """The model in the folder `student` after `steps` of [`GOPDTrainer`], saved as [`train_base`] does."""
+    trainer = GOPDTrainer(
+        model=student,
+        teacher_model=teacher_model,
+        ref_model=ref_model,
+        args=GOPDConfig(
+            output_dir=output_dir,
+            gopd_lambda=gopd_lambda,
+            gopd_estimator=estimator,
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            max_completion_length=MAX_COMPLETION_LENGTH,
+            learning_rate=learning_rate,
+            seed=seed,
+            **CPU,
+        ),
+        train_dataset=train_dataset,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    return _saved(trainer, output_dir)
+
+
+def _saved(trainer: Trainer, folder: str) -> PreTrainedModel:
+    trainer.model.save_pretrained(folder)
+    trainer.processing_class.save_pretrained(folder)
     return trainer.model
+
+
+def load(folder: str | PathLike) -> PreTrainedModel:
+    """A model that was saved."""
+    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """
-    What sampling on held-out sums shows.
+    What sampling on held-out pairs shows.
 
     Args:
         accuracy (`float`): Share of exact answers.
@@ -276,17 +388,18 @@ def evaluate(
     n: int,
     seed: int,
     teacher: PreTrainedModel | None = None,
+    operation: Operation = ADDITION,
     batch_size: int = 2048,
 ) -> Evaluation:
     """
-    Samples `n` answers at temperature 1 to the held-out sums, each sum about equally often, and judges them.
+    Samples `n` answers at temperature 1 to the held-out pairs, each about equally often, and judges them.
 
     The divergence from `teacher` is exact at every sampled token: the vocabulary is small enough to sum over. The
     global random state is left as it was.
     """
-    pairs = sums("test")
+    pairs = operands("test")
     pairs = pairs.repeat(-(-n // len(pairs)), 1)[:n]
-    rows = prompts(pairs)
+    rows = prompts(pairs, operation)
     model.eval()
     correct, tokens, divergence = 0.0, 0, 0.0
     with torch.random.fork_rng(devices=[]):

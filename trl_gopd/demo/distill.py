@@ -6,21 +6,14 @@ back into the base at several λ. Scene two, strong to weak: the student is a sm
 its own start or the teacher's base (reward correction).
 """
 
-import json
-import math
-import multiprocessing
-import os
-import sys
 import time
-import warnings
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
 
-from tqdm.auto import tqdm
+from . import results
+from .workers import run_stages
 
 
 LAMBDAS = (0.5, 1.0, 1.25, 1.5)
@@ -59,26 +52,6 @@ class Settings:
     n: int = 8100
 
 
-def _start_worker() -> None:
-    import torch
-    from datasets import disable_progress_bars
-    from transformers.utils import logging
-
-    torch.set_num_threads(1)
-    disable_progress_bars()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.simplefilter("ignore", FutureWarning)
-    # The scene shows one bar and one table; what each short trainer prints at its end is left out.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _load(path: Path):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path)
-
-
 def _row(seed: int, model: str, evaluation, *, gopd_lambda=None, estimator=None, reference=None) -> dict:
     return {
         "seed": seed,
@@ -86,10 +59,7 @@ def _row(seed: int, model: str, evaluation, *, gopd_lambda=None, estimator=None,
         "lambda": gopd_lambda,
         "estimator": estimator,
         "reference": reference,
-        "accuracy": evaluation.accuracy,
-        "n": evaluation.n,
-        "kl_to_teacher": evaluation.kl_to_teacher,
-        "length": evaluation.length,
+        **asdict(evaluation),
     }
 
 
@@ -98,7 +68,7 @@ def _make_base(path: Path, size: tuple[int, int], seed: int, settings: Settings)
     from . import arithmetic as task
 
     tokenizer = task.build_tokenizer()
-    base = task.train_base(
+    task.train_base(
         tokenizer,
         task.Size(*size),
         steps=settings.base_steps,
@@ -108,8 +78,6 @@ def _make_base(path: Path, size: tuple[int, int], seed: int, settings: Settings)
         learning_rate=settings.base_learning_rate,
         output_dir=str(path),
     )
-    base.save_pretrained(path)
-    tokenizer.save_pretrained(path)
     return tokenizer
 
 
@@ -118,17 +86,15 @@ def _make_teacher(folder: Path, seed: int, settings: Settings) -> list[dict]:
 
     tokenizer = _make_base(folder / "base", settings.base, seed, settings)
     teacher = task.train_teacher(
-        _load(folder / "base"),
+        task.load(folder / "base"),
         tokenizer,
         steps=settings.teacher_steps,
         seed=seed,
         learning_rate=settings.teacher_learning_rate,
         output_dir=str(folder / "teacher"),
     )
-    teacher.save_pretrained(folder / "teacher")
-    tokenizer.save_pretrained(folder / "teacher")
     return [
-        _row(seed, name, task.evaluate(_load(folder / name), tokenizer, n=settings.n, seed=seed, teacher=teacher))
+        _row(seed, name, task.evaluate(task.load(folder / name), tokenizer, n=settings.n, seed=seed, teacher=teacher))
         for name in ("base", "teacher")
     ]
 
@@ -139,7 +105,7 @@ def _make_small_base(folder: Path, seed: int, settings: Settings) -> list[dict]:
     path = folder / "small_base"
     # another seed, so that it is another model than the large one in every respect
     tokenizer = _make_base(path, settings.small, seed + 1000, settings)
-    return [_row(seed, "small_base", task.evaluate(_load(path), tokenizer, n=settings.n, seed=seed))]
+    return [_row(seed, "small_base", task.evaluate(task.load(path), tokenizer, n=settings.n, seed=seed))]
 
 
 def _distil(
@@ -152,35 +118,27 @@ def _distil(
     estimator: str,
     reference: str | None,
 ) -> list[dict]:
-    from trl_gopd import GOPDConfig, GOPDTrainer
-
     from . import arithmetic as task
 
     tokenizer = task.build_tokenizer()
-    name = f"{student}-{gopd_lambda}-{estimator}-{reference}"
-    trainer = GOPDTrainer(
-        model=str(folder / student),
-        teacher_model=str(folder / "teacher"),
+    path = folder / f"{student}-{gopd_lambda}-{estimator}-{reference}"
+    task.train_student(
+        str(folder / student),
+        str(folder / "teacher"),
+        tokenizer,
+        task.prompts(task.operands("train")),
         ref_model=str(folder / "base") if reference == "teacher_base" else None,
-        args=GOPDConfig(
-            output_dir=str(folder / name),
-            gopd_lambda=gopd_lambda,
-            gopd_estimator=estimator,
-            max_steps=settings.student_steps,
-            per_device_train_batch_size=settings.batch_size,
-            max_completion_length=task.MAX_COMPLETION_LENGTH,
-            learning_rate=settings.student_learning_rate,
-            seed=seed,
-            **task.CPU,
-        ),
-        train_dataset=task.prompts(task.sums("train")),
-        processing_class=tokenizer,
+        gopd_lambda=gopd_lambda,
+        estimator=estimator,
+        steps=settings.student_steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.student_learning_rate,
+        seed=seed,
+        output_dir=str(path),
     )
-    trainer.train()
-    trainer.model.save_pretrained(folder / name)
     # reloaded, so that what is judged is what was saved
     evaluation = task.evaluate(
-        _load(folder / name), tokenizer, n=settings.n, seed=seed, teacher=_load(folder / "teacher")
+        task.load(path), tokenizer, n=settings.n, seed=seed, teacher=task.load(folder / "teacher")
     )
     model = "student" if student == "base" else "small_student"
     return [_row(seed, model, evaluation, gopd_lambda=gopd_lambda, estimator=estimator, reference=reference)]
@@ -212,115 +170,43 @@ def run(
     """
     settings = settings or Settings()
     start = time.perf_counter()
-    rows: list[dict] = []
-    students = [(gopd_lambda, estimator) for estimator in estimators for gopd_lambda in lambdas]
-    total = seeds * (2 + len(students) + len(CORRECTION))
-    context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool,
-        tqdm(total=total, desc="bases and teachers", unit="model") as bar,
-    ):
-
-        def collect(futures: list[Future]) -> None:
-            for future in as_completed(futures):
-                rows.extend(future.result())
-                bar.update()
-
-        folders = {seed: Path(output_dir) / "models" / f"seed{seed}" for seed in range(seeds)}
-        collect(
-            [
-                pool.submit(make, folder, seed, settings)
-                for seed, folder in folders.items()
-                for make in (_make_teacher, _make_small_base)
-            ]
-        )
-        bar.set_description("students")
-        jobs = []
-        for seed, folder in folders.items():
-            for gopd_lambda, estimator in students:
-                reference = None if gopd_lambda == 1 else "student_start"
-                jobs.append((folder, seed, "base", gopd_lambda, estimator, reference))
-            jobs += [(folder, seed, "small_base", gopd_lambda, "sampled", ref) for gopd_lambda, ref in CORRECTION]
-        collect(
-            [
-                pool.submit(
-                    _distil,
-                    folder,
-                    seed,
-                    settings,
-                    student=student,
-                    gopd_lambda=gopd_lambda,
-                    estimator=estimator,
-                    reference=reference,
-                )
-                for folder, seed, student, gopd_lambda, estimator, reference in jobs
-            ]
-        )
+    bases, students = [], []
+    for seed in range(seeds):
+        folder = Path(output_dir) / "models" / f"seed{seed}"
+        bases += [partial(make, folder, seed, settings) for make in (_make_teacher, _make_small_base)]
+        jobs = [
+            ("base", gopd_lambda, estimator, None if gopd_lambda == 1 else "student_start")
+            for estimator in estimators
+            for gopd_lambda in lambdas
+        ]
+        jobs += [("small_base", gopd_lambda, "sampled", reference) for gopd_lambda, reference in CORRECTION]
+        students += [
+            partial(
+                _distil,
+                folder,
+                seed,
+                settings,
+                student=student,
+                gopd_lambda=gopd_lambda,
+                estimator=estimator,
+                reference=reference,
+            )
+            for student, gopd_lambda, estimator, reference in jobs
+        ]
+    rows = run_stages({"bases and teachers": bases, "students": students}, workers=workers)
     order = {name: index for index, name in enumerate(("base", "teacher", "student", "small_base", "small_student"))}
     rows.sort(
         key=lambda r: (order[r["model"]], r["estimator"] or "", r["lambda"] or 0, r["reference"] or "", r["seed"])
     )
-    return {
-        "command": " ".join(["trl-gopd", *sys.argv[1:]]),
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "trl-gopd")},
-        "settings": asdict(settings),
-        "seconds": round(time.perf_counter() - start, 1),
-        "rows": rows,
-        "summary": summarize(rows),
-    }
+    return results.report(settings=asdict(settings), start=start, rows=rows, summary=summarize(rows))
 
 
 def summarize(rows: Sequence[dict]) -> list[dict]:
-    """
-    Means over seeds of the rows of one kind, with standard errors.
-
-    With several seeds the standard error is that of the mean over seeds; with one it is the binomial one of the
-    sampled answers. `gain_over_teacher` is the mean of the differences within a seed, and its standard error is that
-    of those differences.
-    """
-    teacher = {row["seed"]: row for row in rows if row["model"] == "teacher"}
-    kinds: dict[tuple, list[dict]] = {}
-    for row in rows:
-        kinds.setdefault(tuple(row[k] for k in ("model", "lambda", "estimator", "reference")), []).append(row)
-    summary = []
-    for (model, gopd_lambda, estimator, reference), group in kinds.items():
-        gains = [row["accuracy"] - teacher[row["seed"]]["accuracy"] for row in group]
-        binomial = [_binomial_variance(row) for row in group]
-        both = [v + _binomial_variance(teacher[row["seed"]]) for v, row in zip(binomial, group, strict=True)]
-        divergences = [row["kl_to_teacher"] for row in group if row["kl_to_teacher"] is not None]
-        is_teacher = model == "teacher"
-        summary.append(
-            {
-                "model": model,
-                "lambda": gopd_lambda,
-                "estimator": estimator,
-                "reference": reference,
-                "seeds": len(group),
-                "n": sum(row["n"] for row in group),
-                "accuracy": mean(row["accuracy"] for row in group),
-                "standard_error": _standard_error([row["accuracy"] for row in group], binomial),
-                "gain_over_teacher": None if is_teacher else mean(gains),
-                "gain_standard_error": None if is_teacher else _standard_error(gains, both),
-                "kl_to_teacher": mean(divergences) if divergences else None,
-                "length": mean(row["length"] for row in group),
-            }
-        )
-    return summary
-
-
-def _binomial_variance(row: dict) -> float:
-    return row["accuracy"] * (1 - row["accuracy"]) / row["n"]
-
-
-def _standard_error(values: list[float], variances: list[float]) -> float:
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.sqrt(variances[0])
-
-
-def write_json(result: dict, path: Path) -> None:
-    """Writes to a temporary sibling first, so that a half-written file never has the name."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(path)
+    """Means over seeds of the rows of one kind, against the teacher: [`~results.summarize`]."""
+    teachers = {row["seed"]: row for row in rows if row["model"] == "teacher"}
+    return results.summarize(
+        rows, by=("model", "lambda", "estimator", "reference"), teacher_of=lambda row: teachers[row["seed"]]
+    )
 
 
 def print_table(result: dict) -> None:
@@ -338,8 +224,8 @@ def print_table(result: dict) -> None:
             "" if row["lambda"] is None else f"{row['lambda']:g}",
             row["estimator"] or "",
             (row["reference"] or "").replace("_", " "),
-            f"{row['accuracy']:.3f} ± {row['standard_error']:.3f}",
-            "" if gain is None else f"{gain:+.3f} ± {row['gain_standard_error']:.3f}",
+            results.with_error(row["accuracy"], row["standard_error"]),
+            "" if gain is None else results.with_error(gain, row["gain_standard_error"], signed=True),
             "" if row["kl_to_teacher"] is None else f"{row['kl_to_teacher']:.3f}",
             f"{row['length']:.2f}",
         )
