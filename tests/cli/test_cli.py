@@ -8,7 +8,8 @@ from trl_gopd.cli import COMMANDS, main
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], *([name, "--help"] for name in COMMANDS), ["demo", "distill", "-h"]]
+    "arguments",
+    [["--help"], *([name, "--help"] for name in COMMANDS), ["demo", "distill", "-h"], ["demo", "merge", "-h"]],
 )
 def test_help(arguments, capsys):
     try:
@@ -46,9 +47,10 @@ def test_unknown_command(capsys):
         (["--json", "/nowhere/out.json"], "the folder /nowhere does not exist; make it or name another"),
     ],
 )
-def test_demo_refuses(arguments, message, tmp_path, capsys):
+@pytest.mark.parametrize("scene", ["distill", "merge"])
+def test_demo_refuses(scene, arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["demo", "distill", "--output-dir", str(tmp_path / "out"), *arguments])
+        main(["demo", scene, "--output-dir", str(tmp_path / "out"), *arguments])
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 

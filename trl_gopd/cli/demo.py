@@ -14,6 +14,7 @@ def build_parser() -> argparse.ArgumentParser:
     scenes = parser.add_subparsers(dest="scene", required=True)
     for name, summary, lambdas in (
         ("distill", "distil a small teacher at several λ and compare", "0.5 1 1.25 1.5"),
+        ("merge", "merge two small experts into their base, by distillation and by weights", "1 1.25 1.5"),
     ):
         scene = scenes.add_parser(name, help=summary)
         scene.add_argument("--seeds", type=at_least(1), default=1, help="how many seeds to run (default: 1)")

@@ -1,0 +1,325 @@
+"""
+Two experts merged into the base they came from: does one student keep, and pass, what each of them knows?
+
+A base learns two operations from noisy answers, and GRPO makes an expert for each on that operation's prompts alone.
+Into the base, on prompts of both, `GOPDTrainer` distils the two experts at several λ, each on its own rows, with the
+base as reference. Against that stand the mean of the experts' weights, and the step from the base to that mean taken
+further, which needs no training ([ExPO](https://huggingface.co/papers/2404.16792)).
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import results
+from .workers import run_stages
+
+
+DOMAINS = ("addition", "difference")
+LAMBDAS = (1.0, 1.25, 1.5)
+ESTIMATORS = ("sampled", "full")
+# How far from the base to the mean of the experts; 1 is the mean.
+ALPHAS = (1.0, 1.25, 1.5)
+KIND = ("model", "lambda", "alpha", "estimator")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    Sizes and lengths of the scene. By default each domain has as many rows in each stage as scene one has in all.
+
+    Args:
+        base (`tuple[int, int]`): Width and depth of every model.
+        noise (`float`): Share of wrong answers that the base learns from.
+        base_steps, expert_steps, student_steps (`int`): Optimizer steps of each stage.
+        base_batch_size (`int`): Rows a step of pretraining, of both domains.
+        base_learning_rate, expert_learning_rate, student_learning_rate (`float`): Its learning rate.
+        batch_size (`int`): Completions a step of distillation, of both domains.
+        n (`int`): Sampled answers an evaluation, in each domain.
+    """
+
+    base: tuple[int, int] = (64, 2)
+    noise: float = 0.25
+    base_steps: int = 2000
+    base_batch_size: int = 128
+    base_learning_rate: float = 4e-3
+    expert_steps: int = 60
+    expert_learning_rate: float = 1e-4
+    student_steps: int = 200
+    student_learning_rate: float = 5e-4
+    batch_size: int = 256
+    n: int = 8100
+
+
+def merge_weights(
+    base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]], *, alpha: float
+) -> dict[str, Tensor]:
+    """
+    Weights base + α·(mean of `experts` − base), in the base's dtypes and shapes; no input is aliased.
+
+    Args:
+        base (`Mapping[str, torch.Tensor]`):
+            State dictionary of what the experts were trained from.
+        experts (`Sequence[Mapping[str, torch.Tensor]]`):
+            Those of the experts, with the same names and shapes.
+        alpha (`float`):
+            0 is the base, 1 the mean, and more extrapolates. The α of
+            [ExPO](https://huggingface.co/papers/2404.16792), which starts from the mean, is this one less 1.
+
+    Raises:
+        `ValueError`: If there is no expert, or names or shapes differ.
+    """
+    if not experts:
+        raise ValueError("`experts` must hold at least one state dictionary, got none.")
+    shapes = {name: weight.shape for name, weight in base.items()}
+    for index, expert in enumerate(experts):
+        given = {name: weight.shape for name, weight in expert.items()}
+        if differing := sorted(n for n in shapes.keys() | given.keys() if shapes.get(n) != given.get(n)):
+            name = differing[0]
+            raise ValueError(
+                f"`experts[{index}]` must have the names and shapes of `base`, got {given.get(name)} for {name!r}, "
+                f"which in `base` is {shapes.get(name)}. Merge models trained from one base."
+            )
+    # `lerp` is exact at both ends
+    return {
+        name: weight.lerp(torch.stack([expert[name] for expert in experts]).mean(0), alpha)
+        for name, weight in base.items()
+    }
+
+
+def _make_base(folder: Path, seed: int, settings: Settings) -> list[dict]:
+    from . import arithmetic as task
+
+    operations = _operations()
+    task.train_base(
+        task.build_tokenizer(operations),
+        task.Size(*settings.base),
+        steps=settings.base_steps,
+        noise=settings.noise,
+        seed=seed,
+        batch_size=settings.base_batch_size,
+        learning_rate=settings.base_learning_rate,
+        operations=operations,
+        output_dir=str(folder / "base"),
+    )
+    return []
+
+
+def _make_expert(folder: Path, seed: int, settings: Settings, domain: str) -> list[dict]:
+    from . import arithmetic as task
+
+    task.train_teacher(
+        task.load(folder / "base"),
+        task.build_tokenizer(_operations()),
+        steps=settings.expert_steps,
+        seed=seed,
+        learning_rate=settings.expert_learning_rate,
+        operation=task.OPERATIONS[domain],
+        output_dir=str(folder / _expert(domain)),
+    )
+    return []
+
+
+def _judge_untrained(folder: Path, seed: int, settings: Settings) -> list[dict]:
+    """Rows of what needs no distillation: the base, the experts, and their merged weights."""
+    from . import arithmetic as task
+
+    names = [_expert(domain) for domain in DOMAINS]
+    rows = [row for name in ("base", *names) for row in _judge(folder, name, seed, settings, model=name)]
+    merged = task.load(folder / "base")
+    base = {name: weight.clone() for name, weight in merged.state_dict().items()}
+    experts = [task.load(folder / name).state_dict() for name in names]
+    for alpha in ALPHAS:
+        merged.load_state_dict(merge_weights(base, experts, alpha=alpha))
+        merged.save_pretrained(folder / f"weights-{alpha}")
+        rows += _judge(folder, f"weights-{alpha}", seed, settings, model="weights", alpha=alpha)
+    return rows
+
+
+def _distil(folder: Path, seed: int, settings: Settings, *, gopd_lambda: float, estimator: str) -> list[dict]:
+    from . import arithmetic as task
+
+    name = f"student-{gopd_lambda}-{estimator}"
+    task.train_student(
+        str(folder / "base"),
+        {domain: str(folder / _expert(domain)) for domain in DOMAINS},
+        task.build_tokenizer(_operations()),
+        train_rows(),
+        gopd_lambda=gopd_lambda,  # the default reference is the student's start, which is the experts' base
+        estimator=estimator,
+        steps=settings.student_steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.student_learning_rate,
+        seed=seed,
+        output_dir=str(folder / name),
+    )
+    return _judge(folder, name, seed, settings, model="student", gopd_lambda=gopd_lambda, estimator=estimator)
+
+
+def train_rows():
+    """Training prompts of all domains, as a [`~datasets.Dataset`]; `teacher_id` is a row's domain."""
+    from datasets import concatenate_datasets
+
+    from . import arithmetic as task
+
+    domains = [task.prompts(task.operands("train"), operation) for operation in _operations()]
+    return concatenate_datasets(
+        [rows.add_column("teacher_id", [name] * len(rows)) for name, rows in zip(DOMAINS, domains, strict=True)]
+    )
+
+
+def _judge(
+    folder: Path, name: str, seed: int, settings: Settings, *, model: str, gopd_lambda=None, alpha=None, estimator=None
+) -> list[dict]:
+    """A row for each domain, of the model that was saved as `name`; its divergence is from the domain's expert."""
+    from . import arithmetic as task
+
+    tokenizer = task.build_tokenizer(_operations())
+    rows = []
+    for domain, operation in zip(DOMAINS, _operations(), strict=True):
+        evaluation = task.evaluate(
+            task.load(folder / name),
+            tokenizer,
+            n=settings.n,
+            seed=seed,
+            teacher=task.load(folder / _expert(domain)),
+            operation=operation,
+        )
+        kind = dict(zip(KIND, (model, gopd_lambda, alpha, estimator), strict=True))
+        rows.append({"seed": seed, "domain": domain, **kind, **asdict(evaluation)})
+    return rows
+
+
+def _operations() -> list:
+    from . import arithmetic as task
+
+    return [task.OPERATIONS[domain] for domain in DOMAINS]
+
+
+def _expert(domain: str) -> str:
+    return f"{domain}_expert"
+
+
+def run(
+    *,
+    seeds: int,
+    output_dir: Path,
+    lambdas: Sequence[float] = LAMBDAS,
+    estimators: Sequence[str] = ESTIMATORS,
+    settings: Settings | None = None,
+    workers: int = 2,
+) -> dict:
+    """
+    Runs the scene for each seed and returns the result, which is also what the JSON file holds.
+
+    Args:
+        seeds (`int`): How many seeds, from 0 on.
+        output_dir (`Path`): Where models and figure go; made if missing.
+        lambdas (`Sequence[float]`): λ of the students.
+        estimators (`Sequence[str]`): Estimators of the students.
+        settings ([`Settings`], *optional*): Sizes and lengths.
+        workers (`int`, *optional*, defaults to `2`): Processes; each uses one thread.
+
+    Returns:
+        `dict`: `rows` of `{seed, domain, model, lambda, alpha, estimator, accuracy, n, kl_to_teacher, length}`, and
+        their `summary`. The teacher of a row is its domain's expert.
+    """
+    settings = settings or Settings()
+    start = time.perf_counter()
+    bases, experts, students = [], [], []
+    for seed in range(seeds):
+        common = (Path(output_dir) / "merge_models" / f"seed{seed}", seed, settings)
+        bases.append(partial(_make_base, *common))
+        experts += [partial(_make_expert, *common, domain) for domain in DOMAINS]
+        students.append(partial(_judge_untrained, *common))
+        students += [
+            partial(_distil, *common, gopd_lambda=gopd_lambda, estimator=estimator)
+            for estimator in estimators
+            for gopd_lambda in lambdas
+        ]
+    rows = run_stages({"bases": bases, "experts": experts, "students": students}, workers=workers)
+    order = {name: index for index, name in enumerate(("base", *map(_expert, DOMAINS), "weights", "student"))}
+    rows.sort(
+        key=lambda r: (
+            order[r["model"]],
+            *(r["estimator"] or "", r["lambda"] or 0, r["alpha"] or 0),
+            *(DOMAINS.index(r["domain"]), r["seed"]),
+        )
+    )
+    return results.report(settings=asdict(settings), start=start, rows=rows, summary=summarize(rows))
+
+
+def summarize(rows: Sequence[dict]) -> list[dict]:
+    """Means over seeds of the rows of one kind and domain, against the domain's expert: [`~results.summarize`]."""
+    experts = {(row["seed"], row["domain"]): row for row in rows if row["model"] == _expert(row["domain"])}
+    return results.summarize(rows, by=("domain", *KIND), teacher_of=lambda row: experts[row["seed"], row["domain"]])
+
+
+def _by_kind(summary: Sequence[dict]) -> dict[tuple, dict[str, dict]]:
+    """Kind, then domain, to row of the summary."""
+    kinds: dict[tuple, dict[str, dict]] = {}
+    for row in summary:
+        kinds.setdefault(tuple(row[name] for name in KIND), {})[row["domain"]] = row
+    return kinds
+
+
+def print_table(result: dict) -> None:
+    """The summary, as a table for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Two experts, one model: sampled answers to held-out pairs, ± one standard error")
+    for name in ("model", "scale", "estimator"):
+        table.add_column(name)
+    for domain in DOMAINS:
+        for name in (domain, "against its expert", "KL to it"):
+            table.add_column(name, justify="right")
+    for (model, gopd_lambda, alpha, estimator), row_of in _by_kind(result["summary"]).items():
+        scale = "" if gopd_lambda is None else f"λ = {gopd_lambda:g}"
+        cells = [model.replace("_", " "), scale if alpha is None else f"α = {alpha:g}", estimator or ""]
+        for row in map(row_of.__getitem__, DOMAINS):
+            gain = row["gain_over_teacher"]
+            cells += [
+                results.with_error(row["accuracy"], row["standard_error"]),
+                "" if gain is None else results.with_error(gain, row["gain_standard_error"], signed=True),
+                f"{row['kl_to_teacher']:.3f}",
+            ]
+        table.add_row(*cells)
+    Console(width=max(140, Console().width)).print(table)
+
+
+def draw(result: dict, path: Path) -> None:
+    """Accuracy in one domain against that in the other; a line joins what differs in λ or α alone."""
+    from matplotlib.figure import Figure
+
+    kinds = _by_kind(result["summary"])
+    series: dict[str, list[tuple[str, dict[str, dict]]]] = {}
+    for (model, gopd_lambda, alpha, estimator), row_of in kinds.items():
+        label = ", ".join(part for part in (model.replace("_", " "), estimator) if part)
+        scale = f"{gopd_lambda or alpha or 0:g}"
+        series.setdefault(label, []).append((scale if model in ("weights", "student") else "", row_of))
+    figure = Figure(figsize=(6.5, 5.5), layout="constrained")
+    axes = figure.subplots()
+    across, up = DOMAINS
+    for label, points in series.items():
+        (x, y), (x_error, y_error) = (
+            [[row_of[domain][field] for _, row_of in points] for domain in (across, up)]
+            for field in ("accuracy", "standard_error")
+        )
+        axes.errorbar(x, y, y_error, x_error, marker="o", capsize=2, linewidth=1, label=label)
+        for scale, *position in zip([scale for scale, _ in points], x, y, strict=True):
+            axes.annotate(scale, position, xytext=(5, -11), textcoords="offset points", fontsize="small")
+    for domain, line in ((across, axes.axvline), (up, axes.axhline)):
+        line(kinds[_expert(domain), None, None, None][domain]["accuracy"], color="black", linestyle=":", linewidth=1)
+    axes.set(
+        xlabel=f"{across}, sampled accuracy",
+        ylabel=f"{up}, sampled accuracy",
+        title="Two experts merged into their base\n(dotted: each expert in its own domain; numbers: λ or α)",
+    )
+    axes.legend()
+    figure.savefig(path, dpi=150)
