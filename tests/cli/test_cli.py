@@ -82,6 +82,17 @@ def test_train(models, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_train_with_several_teachers(models, tmp_path):
+    arguments = train_arguments(models, tmp_path)
+    arguments["--teacher_models"] = json.dumps({"one": str(arguments.pop("--teacher_model_name_or_path"))})
+    arguments |= {"--gopd_lambda_by_teacher": '{"one": 1.5}', "--save_steps": 1}
+    rows = [json.dumps({"prompt": f"What is {i}?", "teacher_id": "one"}) for i in range(8)]
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(rows) + "\n")
+    assert main(["train", "--use_cpu", *flat(arguments)]) == 0
+    state = json.loads((tmp_path / "out" / "checkpoint-1" / "gopd_state.json").read_text())
+    assert list(state["teachers"]) == ["one"]
+
+
 @pytest.mark.parametrize(
     ("missing", "message"), [("--teacher_model_name_or_path", "no teacher"), ("--dataset_name", "no data")]
 )

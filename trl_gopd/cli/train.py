@@ -13,8 +13,10 @@ def build_parser():
 def main(arguments: list[str]) -> int:
     """Trains, saves, and pushes if asked to."""
     script_args, training_args, model_args, dataset_args = build_parser().parse_args_and_config(arguments)
-    if training_args.teacher_model_name_or_path is None:
-        raise SystemExit("trl-gopd train: no teacher. Name one with --teacher_model_name_or_path.")
+    if training_args.teacher_model_name_or_path is None and not training_args.teacher_models:
+        raise SystemExit(
+            "trl-gopd train: no teacher. Name one with --teacher_model_name_or_path, or several with --teacher_models."
+        )
     if not dataset_args.datasets and not script_args.dataset_name:
         raise SystemExit("trl-gopd train: no data. Name a data set with --dataset_name, or `datasets:` in --config.")
 
