@@ -1,12 +1,16 @@
 """The accuracy benchmark: every row is a valid configuration, and the summary is the arithmetic it says it is."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import d2quant_accuracy as benchmark
 from trl_gopd.d2quant.config import D2QuantConfig
+
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def row(name, seed, perplexity, **more):
@@ -42,6 +46,28 @@ def test_summary_pairs_seeds():
     assert ours["peak_over_model"] is None
     line = "| 2 | default | 2 | 2.250 | 50.00 ± 10.00 | 0.700 ± 0.100 | 1.000 | 50.0% | 10 |  |"
     assert line in benchmark.table([baseline, ours])
+
+
+def test_documented_table_is_that_of_the_result():
+    result = json.loads((DOCS / "results" / "d2quant_accuracy.json").read_text())
+    assert result["summary"] == benchmark.summarize(result["rows"])
+    assert benchmark.table(result["summary"]) in (DOCS / "d2quant.md").read_text()
+
+
+def test_documented_claims():
+    """What the text says of the default: at both widths, for each seed, it beats its rivals at their bits a weight."""
+    rows = json.loads((DOCS / "results" / "d2quant_accuracy.json").read_text())["rows"]
+    by_key = {(row["row"], row["bits"], row["seed"]): row for row in rows}
+    limits = {2: 0.80, 3: 0.90}
+    pairs = [(bits, seed) for name, bits, seed in by_key if name == benchmark.OURS]
+    assert {bits for bits, _ in pairs} == set(limits) and len(pairs) == 4
+    for bits, seed in pairs:
+        ours, baseline = (by_key[name, bits, seed] for name in (benchmark.OURS, benchmark.BASELINE))
+        assert ours["bits_per_weight"] <= baseline["bits_per_weight"]
+        assert ours["perplexity"] <= limits[bits] * baseline["perplexity"]
+        assert ours["kl"] < baseline["kl"]
+        rival = by_key.get((benchmark.AUTOROUND, bits, seed))
+        assert rival is None or ours["perplexity"] < rival["perplexity"]
 
 
 def test_only_missing_rows_are_run(tmp_path, monkeypatch):
