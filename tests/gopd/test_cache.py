@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from tests.tiny import build_model
 from trl_gopd.gopd import cache as room
 from trl_gopd.gopd.cache import CachedScorer, LogprobCache, precompute, row_key
-from trl_gopd.gopd.teachers import Frozen, Panel
+from trl_gopd.gopd.routing import Panel
+from trl_gopd.gopd.teachers import Frozen
 
 
 MODEL = {"name": "org/teacher", "revision": "abc", "weights": "0123abcd"}

@@ -18,7 +18,7 @@ from tests.tiny import build_tokenizer
 from trl_gopd.gopd import served
 from trl_gopd.gopd.scoring import FrozenModel, score
 from trl_gopd.gopd.served import ServedScorer, is_url
-from trl_gopd.gopd.teachers import read_state
+from trl_gopd.gopd.state import read_state
 
 
 CLOSE = 1e-5  # float32 log-probabilities of magnitude below 16, summed in another order by a padded forward

@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .rollouts import pad_ids, token_ids
+from .state import is_same_identity
 
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 APPLICATION_ID = int.from_bytes(b"GOPD")
 FORMAT = 1  # of the tables and keys below
-NAMES = ("name", "revision", "adapter")  # of a model, where there are no checksums to compare
 LOCK_SECONDS = 60.0  # for which another process may hold the file
 REMEDIES = {
     sqlite3.SQLITE_NOTADB: "It is another kind of file, or damaged: give another path, or delete it and score anew.",
@@ -127,7 +127,7 @@ class LogprobCache:
                 )
             text, temperature = connection.execute("SELECT identity, temperature FROM model").fetchone()
         found: dict[str, Any] = json.loads(text)
-        if temperature != self.temperature or identity is not None and not _is_same_model(found, identity):
+        if temperature != self.temperature or identity is not None and not is_same_identity(found, identity):
             asked = "any model" if identity is None else dict(identity)
             raise ValueError(
                 f"The log-probability cache {self.path} holds {found} at temperature {temperature}, and {asked} at "
@@ -359,8 +359,3 @@ def _row_keys(input_ids: Tensor, mask: Tensor, num_tokens: int) -> list[bytes | 
         row_key(ids[:length][seen[:length]].tolist(), ids[length:][seen[length:]].tolist()) if scored else None
         for ids, seen, scored in zip(input_ids, mask, is_scored.tolist(), strict=True)
     ]
-
-
-def _is_same_model(found: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
-    compared = ("weights",) if found.get("weights") and given.get("weights") else NAMES
-    return all(found.get(name) == given.get(name) for name in compared)

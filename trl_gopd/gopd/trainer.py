@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from transformers.utils import is_peft_available
 from trl import GRPOTrainer
 
-from . import teachers
+from . import routing, teachers
 from ._trl import disable_gradient_checkpointing, gather_heads, get_config_model_id
 from .cache import CachedScorer
 from .config import GOPDConfig
@@ -38,6 +38,7 @@ from .rollouts import stored_completions
 from .schedules import deviation_squares, gate_lambda
 from .scoring import logit_transform
 from .served import ServedScorer, is_url
+from .state import read_state, write_text
 from .visualize import advantages_html
 
 
@@ -192,7 +193,7 @@ class GOPDTrainer(GRPOTrainer):
             raise ValueError(
                 "No teacher: `teacher_model` and `args.teacher_model_name_or_path` are both None. Pass one of them."
             )
-        self._routing = teachers.Routing(teacher_model, ref_model, args)
+        self._routing = routing.Routing(teacher_model, ref_model, args)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             parts = {f"{name}[{key!r}]": part for key, part in dataset.items()} if isinstance(dataset, dict) else {}
             for part_name, part in (parts or {name: dataset}).items():
@@ -283,9 +284,9 @@ class GOPDTrainer(GRPOTrainer):
         self._caches: list[CachedScorer] = []
         if args.logprob_cache_dir is not None:
             self._cache_scorers(Path(args.logprob_cache_dir))
-        self._teacher_panel = teachers.Panel(list(self.teachers.values()), self.accelerator)
+        self._teacher_panel = routing.Panel(list(self.teachers.values()), self.accelerator)
         self._reference_panel = (
-            teachers.Panel(list(self.references.values()), self.accelerator) if self.references else None
+            routing.Panel(list(self.references.values()), self.accelerator) if self.references else None
         )
         if args.gopd_estimator != "sampled" or any(
             isinstance(scorer, teachers.StudentAdapter) for scorer in self._scorers.values()
@@ -446,9 +447,10 @@ class GOPDTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            state = {**self._models(), "lambda_schedule": self._schedule.state_dict()}
-            teachers.write_text(folder / STATE, json.dumps(state, indent=1) + "\n")
+            state = {**self._models, "lambda_schedule": self._schedule.state_dict()}
+            write_text(folder / STATE, json.dumps(state, indent=1) + "\n")
 
+    @functools.cached_property  # they never change, and checksums read every parameter
     def _models(self) -> dict:
         roles = {"teachers": self.teachers, "references": self.references}
         return {
@@ -460,7 +462,7 @@ class GOPDTrainer(GRPOTrainer):
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)
         if folder:
-            state = teachers.read_state(Path(folder, STATE), self._models())
+            state = read_state(Path(folder, STATE), self._models)
             if state is not None:
                 self._schedule.load_state_dict(state["lambda_schedule"])
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -585,7 +587,7 @@ class GOPDTrainer(GRPOTrainer):
         if self._token_rows:
             step = self.state.global_step
             path = Path(self.args.output_dir, "completions", f"advantages_{step:05d}.html")
-            teachers.write_text(path, advantages_html(self._token_rows, title=f"Advantages, step {step}"))
+            write_text(path, advantages_html(self._token_rows, title=f"Advantages, step {step}"))
             self._token_rows = []
 
     def _drop_null_reward(self):
