@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tests.gopd.test_trainer import Recording, load, log_probs, make  # noqa: F401
+from tests.gopd.harness import Recording, assert_policy_gradient, load, log_probs, logged, sampled_logps
 from tests.tiny import LORA
 
 
@@ -20,36 +20,9 @@ class Repeating(Recording):
         return [[5] * 8 + [self._tokenizer.eos_token_id] for _ in prompt_ids], None
 
 
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
-def sampled_logps(models, inputs, reference="student"):
-    """Log-probabilities of the sampled tokens under student, teacher and reference, at the start of training."""
-    ids = inputs["completion_ids"].unsqueeze(-1)
-    with torch.no_grad():
-        return [
-            log_probs(load(models / name), inputs).gather(-1, ids).squeeze(-1)
-            for name in ("student", "teacher", reference)
-        ]
-
-
-def assert_policy_gradient(trainer, models, credit):
-    """`credit` is what multiplies each token's ∇ log π, before the mean over a sequence's tokens."""
-    student, inputs = load(models / "student"), trainer.seen
-    mask = inputs["completion_mask"].float()
-    log_s = log_probs(student, inputs).gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
-    loss = -((credit * log_s * mask).sum(1) / mask.sum(1)).mean()
-    named = dict(student.named_parameters())
-    want = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
-    norm = torch.stack([g.norm() for g in want.values()]).norm()
-    gap = torch.stack([(trainer.grads[n] - want[n]).norm() for n in want]).norm()
-    assert norm > 0 and gap / norm < 1e-5, gap / norm
-
-
 class TestStratified:
     @pytest.mark.parametrize("gopd_lambda", [1.0, 1.5])
-    def test_all_ids_give_the_full_gradient(self, make, tokenizer, gopd_lambda):  # noqa: F811
+    def test_all_ids_give_the_full_gradient(self, make, tokenizer, gopd_lambda):
         options = {"gopd_lambda": gopd_lambda}
         full = make(gopd_estimator="full", **options)
         full.train()
@@ -61,7 +34,7 @@ class TestStratified:
         assert logged(stratified, "gopd/top_k_coverage") == [pytest.approx(1)]
         assert logged(stratified, "gopd/top_k_overlap") == [pytest.approx(1)]
 
-    def test_few_ids_and_the_sampled_one(self, make, models):  # noqa: F811
+    def test_few_ids_and_the_sampled_one(self, make, models):
         """The coefficients of ∇ log π_v are π_v (A_v − b) inside S, and A_y − b for a sampled token outside."""
         trainer = make(gopd_estimator="stratified", gopd_top_k=3)
         trainer.train()
@@ -85,7 +58,7 @@ class TestStratified:
         gap = torch.stack([(trainer.grads[n] - want[n]).norm() for n in want]).norm()
         assert gap / norm < 1e-5
 
-    def test_adapter_and_evaluation(self, make, prompts):  # noqa: F811
+    def test_adapter_and_evaluation(self, make, prompts):
         trainer = make(
             gopd_estimator="stratified",
             peft_config=LoraConfig(**LORA),
@@ -96,14 +69,14 @@ class TestStratified:
         assert 0 < trainer.evaluate()["eval_gopd/top_k_coverage"] < 1
 
     @pytest.mark.parametrize("options", [{"num_iterations": 2}, {"steps_per_generation": 2}])
-    def test_reuse_is_refused(self, make, options):  # noqa: F811
+    def test_reuse_is_refused(self, make, options):
         with pytest.raises(ValueError, match="a rollout is used for one step"):
             make(gopd_estimator="stratified", **options)
 
 
 class TestCredit:
     @pytest.mark.parametrize("discount", [0.5, 1.0])
-    def test_discount(self, make, models, discount):  # noqa: F811
+    def test_discount(self, make, models, discount):
         trainer = make(gopd_discount=discount, ref_model=str(models / "base"))
         trainer.train()
         s, t, r = sampled_logps(models, trainer.seen, reference="base")
@@ -113,7 +86,7 @@ class TestCredit:
         matrix = torch.where(gaps >= 0, discount ** gaps.clamp(min=0).float(), 0.0)
         assert_policy_gradient(trainer, models, advantages @ matrix.T)
 
-    def test_skipped_tokens(self, make, models):  # noqa: F811
+    def test_skipped_tokens(self, make, models):
         trainer = make(num_loss_tokens_to_skip=2, gopd_lambda=1.0)
         trainer.train()
         s, t, _ = sampled_logps(models, trainer.seen)
@@ -122,7 +95,7 @@ class TestCredit:
 
 
 class TestSchedule:
-    def test_warm_up(self, make, models):  # noqa: F811
+    def test_warm_up(self, make, models):
         options = {"gopd_lambda": 2.0, "gopd_lambda_schedule": "linear", "gopd_lambda_warmup_steps": 4}
         trainer = make(max_steps=6, **options)
         trainer.train()
@@ -133,7 +106,7 @@ class TestSchedule:
         assert_policy_gradient(first, models, t - s)  # λ = 1 at the first step
 
     @pytest.mark.parametrize("estimator", ["sampled", "stratified", "full"])
-    def test_adaptive_is_the_ratio_of_the_step_before(self, make, models, estimator):  # noqa: F811
+    def test_adaptive_is_the_ratio_of_the_step_before(self, make, models, estimator):
         options = {
             "gopd_lambda": 1.5,
             "gopd_lambda_schedule": "adaptive",
@@ -156,7 +129,7 @@ class TestSchedule:
         parts.train()
         assert logged(parts, "gopd/lambda") == pytest.approx(logged(trainer, "gopd/lambda"), rel=1e-5)
 
-    def test_back_off(self, make, caplog):  # noqa: F811
+    def test_back_off(self, make, caplog):
         trainer = make(Repeating, gopd_back_off={"max_repetition": 0.5}, max_steps=3)
         trainer.train()
         # five 4-grams of the repeated token, of which one is new, and one with the end
@@ -164,13 +137,13 @@ class TestSchedule:
         assert logged(trainer, "gopd/lambda") == [1.125, 1.0625, 1.03125]
         assert "repetition 0.667 > 0.5" in caplog.text
 
-    def test_evaluation_does_not_move_it(self, make, prompts):  # noqa: F811
+    def test_evaluation_does_not_move_it(self, make, prompts):
         trainer = make(Repeating, gopd_back_off='{"max_repetition": 0.5}', eval_dataset=prompts)
         before = trainer._schedule.state_dict()
         trainer.evaluate()
         assert trainer._schedule.state_dict() == before
 
-    def test_resume(self, make, tmp_path):  # noqa: F811
+    def test_resume(self, make, tmp_path):
         options = {
             "gopd_lambda_schedule": "adaptive",
             "gopd_back_off": {"max_repetition": 0.5},
@@ -189,7 +162,7 @@ class TestSchedule:
 
 
 class TestGates:
-    def test_certain_teacher(self, make, models):  # noqa: F811
+    def test_certain_teacher(self, make, models):
         trainer = make(gopd_deterministic_above=0.005, gopd_lambda=2.0, ref_model=str(models / "base"))
         trainer.train()
         s, t, r = sampled_logps(models, trainer.seen, reference="base")
@@ -197,7 +170,7 @@ class TestGates:
         assert is_open.any() and not is_open.all()
         assert_policy_gradient(trainer, models, (t - s) + is_open * (t - r))
 
-    def test_agreement(self, make, models):  # noqa: F811
+    def test_agreement(self, make, models):
         trainer = make(gopd_needs_agreement=True, gopd_lambda=2.0, ref_model=str(models / "base"))
         trainer.train()
         s, t, r = sampled_logps(models, trainer.seen, reference="base")
@@ -208,7 +181,7 @@ class TestGates:
 
 
 class TestMonitors:
-    def test_end_of_sequence(self, make, models, tokenizer):  # noqa: F811
+    def test_end_of_sequence(self, make, models, tokenizer):
         trainer = make(ref_model=str(models / "base"))
         trainer.train()
         s, t, r = sampled_logps(models, trainer.seen, reference="base")
@@ -217,7 +190,7 @@ class TestMonitors:
         advantage = (t - s) + 0.25 * (t - r)
         assert logged(trainer, "gopd/eos_advantage")[0] == pytest.approx(float(advantage[ends].mean()), rel=1e-4)
 
-    def test_page_of_tokens(self, make, tmp_path):  # noqa: F811
+    def test_page_of_tokens(self, make, tmp_path):
         trainer = make(log_completions=True)
         trainer.train()
         page = (tmp_path / "out" / "completions" / "advantages_00001.html").read_text()
@@ -240,6 +213,6 @@ class TestMonitors:
         ({"gopd_estimator": "exact"}, "must be one of"),
     ],
 )
-def test_bad_options(make, options, message):  # noqa: F811
+def test_bad_options(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)

@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from tests.gopd.test_teachers import routed, several  # noqa: F401
-from tests.gopd.test_trainer import load, log_probs, make  # noqa: F401
+from tests.gopd.harness import load, log_probs
 from trl_gopd.gopd.trainer import _read_by_teacher
 
 
@@ -38,7 +37,7 @@ class TestAlignment:
             return {"teacher_prompt": solved, "train_dataset": prompts}
         return {"train_dataset": prompts.add_column("teacher_prompt", [solved(row) for row in prompts])}
 
-    def test_scores_are_those_of_each_row_alone(self, make, models, tokenizer, options):  # noqa: F811
+    def test_scores_are_those_of_each_row_alone(self, make, models, tokenizer, options):
         trainer = make(ref_model=str(models / "base"), per_device_train_batch_size=8, **options)
         trainer.train()
         seen = trainer.seen
@@ -53,7 +52,7 @@ class TestAlignment:
         torch.testing.assert_close(seen["reference_logps"][mask], reference[mask], rtol=0, atol=1e-5)
         assert (without[mask] - teacher[mask]).abs().max() > 0.05  # the prompt matters
 
-    def test_full_estimator_has_the_expected_gradient_of_the_sampled_one(self, make, models, options):  # noqa: F811
+    def test_full_estimator_has_the_expected_gradient_of_the_sampled_one(self, make, models, options):
         trainer = make(gopd_estimator="full", per_device_train_batch_size=4, **options)
         trainer.train()
         seen, student = trainer.seen, load(models / "student")
@@ -70,7 +69,7 @@ class TestAlignment:
         gap = torch.stack([(trainer.grads[n] - want[n]).norm() for n in want]).norm()
         assert gap / norm < 1e-5
 
-    def test_without_the_context_as_its_reference(self, make, models):  # noqa: F811
+    def test_without_the_context_as_its_reference(self, make, models):
         """With the teacher itself as reference, the reward is what the context tells about the completion."""
         trainer = make(teacher_prompt=solved, ref_model=str(models / "teacher"))
         assert trainer.references[None] is trainer.teachers[None]
@@ -82,7 +81,7 @@ class TestAlignment:
         got = seen["teacher_logps"] - seen["reference_logps"]
         torch.testing.assert_close(got[mask], want[mask], rtol=0, atol=2e-5)
 
-    def test_only_some_rows(self, make, models, prompts, tokenizer):  # noqa: F811
+    def test_only_some_rows(self, make, models, prompts, tokenizer):
         column = [solved(row) if index % 2 else None for index, row in enumerate(prompts)]
         trainer = make(train_dataset=prompts.add_column("teacher_prompt", column), per_device_train_batch_size=8)
         trainer.train()
@@ -93,7 +92,7 @@ class TestAlignment:
             want = picked(load(models / "teacher"), seen_by_teacher(trainer.seen))
         torch.testing.assert_close(trainer.seen["teacher_logps"][mask], want[mask], rtol=0, atol=1e-5)
 
-    def test_reuse_and_accumulation(self, make):  # noqa: F811
+    def test_reuse_and_accumulation(self, make):
         options = {"teacher_prompt": solved, "gopd_lambda": 1.0}
         whole = make(per_device_train_batch_size=8, **options)
         parts = make(per_device_train_batch_size=2, gradient_accumulation_steps=4, **options)
@@ -102,7 +101,7 @@ class TestAlignment:
         for name, gradient in whole.grads.items():
             torch.testing.assert_close(parts.grads[name], gradient, rtol=1e-4, atol=1e-6)
 
-    def test_answers_of_tools_are_seen_and_not_trained_on(self, make):  # noqa: F811
+    def test_answers_of_tools_are_seen_and_not_trained_on(self, make):
         completion_mask, tool_mask = torch.tensor([[1, 1, 1, 0]]), torch.tensor([[1, 0, 1, 1]])
         batch = {
             "prompt_ids": torch.tensor([[5]]),
@@ -128,7 +127,7 @@ class TestRendering:
     def chat(self, prompts):
         return prompts.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
 
-    def test_own_chat_template_of_several_turns(self, make, prompts, tokenizer):  # noqa: F811
+    def test_own_chat_template_of_several_turns(self, make, prompts, tokenizer):
         def turns(row):
             return [
                 {"role": "system", "content": "Be brief."},
@@ -147,14 +146,14 @@ class TestRendering:
         assert all(t.startswith("[system] Be brief. [user] What is") for t in texts), texts
         assert all(t.endswith("[assistant] 5 [user] No. Again. [say] ") for t in texts)
 
-    def test_own_template_alone_renders_the_prompt(self, make, prompts, tokenizer):  # noqa: F811
+    def test_own_template_alone_renders_the_prompt(self, make, prompts, tokenizer):
         trainer = make(
             train_dataset=self.chat(prompts), teacher_processing_class=self.other_template(tokenizer), max_steps=1
         )
         trainer.train()
         assert all(t.startswith("[user] What is") for t in decoded(tokenizer, trainer.seen))
 
-    def test_by_teacher(self, several, tokenizer, prompts):  # noqa: F811
+    def test_by_teacher(self, several, tokenizer, prompts):
         trainer = several(teacher_prompt={"code": solved}, per_device_train_batch_size=8)
         trainer.train()
         for owner, text in zip(trainer.seen["teacher_index"], decoded(tokenizer, trainer.seen), strict=True):
@@ -165,12 +164,12 @@ class TestOverlong:
     def long(self, row):
         return row["prompt"] * (30 if "3 plus" in row["prompt"] else 1)  # the teacher reads 256 tokens
 
-    def test_raises(self, make):  # noqa: F811
+    def test_raises(self, make):
         with pytest.raises(ValueError, match="exceed its context of 256.*overlong_teacher_prompts='drop'"):
             make(teacher_prompt=self.long, per_device_train_batch_size=16).train()
 
     @pytest.mark.parametrize("estimator", ["sampled", "full"])
-    def test_dropped_rows_are_as_if_they_had_no_loss(self, make, models, estimator):  # noqa: F811
+    def test_dropped_rows_are_as_if_they_had_no_loss(self, make, models, estimator):
         trainer = make(
             teacher_prompt=self.long,
             overlong_teacher_prompts="drop",
@@ -200,20 +199,20 @@ class TestOverlong:
 
 class TestBadInput:
     @pytest.mark.parametrize("value", [7, [], ["a"]])
-    def test_prompt_that_is_none(self, make, value):  # noqa: F811
+    def test_prompt_that_is_none(self, make, value):
         with pytest.raises(TypeError, match="must be a string or a list of messages, got"):
             make(teacher_prompt=lambda row: value).train()
 
-    def test_other_ids(self, make, tokenizer):  # noqa: F811
+    def test_other_ids(self, make, tokenizer):
         from tests.tiny import build_tokenizer
 
         with pytest.raises(ValueError, match="`teacher_processing_class` has other token ids"):
             make(teacher_processing_class=build_tokenizer(("<|extra|>",)))
 
-    def test_unknown_teacher(self, several):  # noqa: F811
+    def test_unknown_teacher(self, several):
         with pytest.raises(ValueError, match=r"`teacher_prompt` names \['law'\]"):
             several(teacher_prompt={"law": solved})
 
-    def test_unknown_choice(self, make):  # noqa: F811
+    def test_unknown_choice(self, make):
         with pytest.raises(ValueError, match="must be 'raise' or 'drop', got 'cut'"):
             make(overlong_teacher_prompts="cut")

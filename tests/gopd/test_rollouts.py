@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.gopd.test_trainer import Recording, make  # noqa: F401
+from tests.gopd.harness import Recording
 from tests.tiny import scripted_completions
 from trl_gopd.gopd.rollouts import stored_completions, token_ids
 
@@ -32,7 +32,7 @@ class TestStoredCompletions:
         with pytest.raises(ValueError, match=f"each of the 1 `completion_ids` in row 1 of the batch, {size}"):
             stored_completions(rows, max_length=3)
 
-    def test_trainer_takes_them_for_sampled_ones(self, make, models, tokenizer, prompts):  # noqa: F811
+    def test_trainer_takes_them_for_sampled_ones(self, make, models, tokenizer, prompts):
         """At the seam that the trainer has to use: rows in, in the order of the prompts."""
 
         class Stored(Recording):

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from tests.gopd.test_trainer import load, make  # noqa: F401
+from tests.gopd.harness import load
 from tests.tiny import build_tokenizer
 from trl_gopd.gopd import served
 from trl_gopd.gopd.scoring import FrozenModel, score
@@ -124,7 +124,7 @@ def batch(generator):
     return ids, seen.long(), ids[:, 5:]
 
 
-def same_training(make, first, second, **kwargs):  # noqa: F811
+def same_training(make, first, second, **kwargs):
     one, two = (make(**given, **kwargs) for given in (first, second))
     one.train()
     two.train()
@@ -135,15 +135,15 @@ def same_training(make, first, second, **kwargs):  # noqa: F811
 
 
 class TestTraining:
-    def test_served_teacher_is_the_local_one(self, make, models, server):  # noqa: F811
+    def test_served_teacher_is_the_local_one(self, make, models, server):
         trainer = same_training(make, {"teacher_model": str(models / "teacher")}, {"teacher_model": server.url})
         assert isinstance(trainer.teachers[None], ServedScorer)
         assert all(request["prompt_logprobs"] == 1 for request in server.requests[1:])
 
-    def test_served_reference_is_the_local_one(self, make, models, another):  # noqa: F811
+    def test_served_reference_is_the_local_one(self, make, models, another):
         same_training(make, {"ref_model": str(models / "base")}, {"ref_model": another.url})
 
-    def test_one_of_several(self, make, models, server, prompts):  # noqa: F811
+    def test_one_of_several(self, make, models, server, prompts):
         rows = prompts.add_column("teacher_id", ["math", "code"] * 8)
         here = {"math": str(models / "teacher"), "code": str(models / "base")}
         same_training(
@@ -155,37 +155,37 @@ class TestTraining:
         asked = sum(len(request["prompt"]) for request in server.requests) - 1  # without the probe
         assert 0 < asked < 4
 
-    def test_one_server_for_teacher_and_reference_is_asked_once_for_both(self, make, server):  # noqa: F811
+    def test_one_server_for_teacher_and_reference_is_asked_once_for_both(self, make, server):
         trainer = make(teacher_model=server.url, ref_model=server.url)
         assert trainer.teachers[None] is trainer.references[None]
 
-    def test_temperature_that_the_server_honours(self, make, models, server):  # noqa: F811
+    def test_temperature_that_the_server_honours(self, make, models, server):
         server.tempers = True
         same_training(make, {"teacher_model": str(models / "teacher")}, {"teacher_model": server.url}, temperature=0.7)
 
-    def test_temperature_that_the_server_ignores(self, make, server):  # noqa: F811
+    def test_temperature_that_the_server_ignores(self, make, server):
         with pytest.raises(ValueError, match=r"`teacher_model` at .* ignores the temperature.*Use `temperature=1`"):
             make(teacher_model=server.url, temperature=0.7)
 
     @pytest.mark.parametrize("estimator", ["full", "stratified"])
     @pytest.mark.parametrize("role", ["teacher_model", "ref_model"])
-    def test_other_estimators_are_refused(self, make, estimator, role):  # noqa: F811
+    def test_other_estimators_are_refused(self, make, estimator, role):
         with pytest.raises(ValueError, match=rf"'{estimator}'.*http://nowhere can score. Use 'sampled'"):
             make(gopd_estimator=estimator, **{role: "http://nowhere"})
 
     @pytest.mark.parametrize("given", [{"revision": "v2"}, {"init_kwargs": {"dtype": "bfloat16"}}])
-    def test_options_of_loading_are_refused(self, make, server, given):  # noqa: F811
+    def test_options_of_loading_are_refused(self, make, server, given):
         (name, value), *_ = given.items()
         with pytest.raises(ValueError, match=rf"teacher_model_{name}=.*{server.url}.*Drop them"):
             make(teacher_model=server.url, **{f"teacher_model_{name}": value})
 
-    def test_another_tokenizer_is_refused(self, make, server, tmp_path):  # noqa: F811
+    def test_another_tokenizer_is_refused(self, make, server, tmp_path):
         build_tokenizer(("<extra>",)).save_pretrained(tmp_path / "other")
         server.root = str(tmp_path / "other")
         with pytest.raises(ValueError, match="`teacher_model` .* has another tokenizer than the student: id 3"):
             make(teacher_model=server.url)
 
-    def test_a_tokenizer_that_is_only_on_the_server_is_logged(self, make, server, caplog):  # noqa: F811
+    def test_a_tokenizer_that_is_only_on_the_server_is_logged(self, make, server, caplog):
         server.root = "/on/the/server/alone"
         with caplog.at_level(logging.WARNING, "trl_gopd"):
             make(teacher_model=server.url)
@@ -391,6 +391,6 @@ class TestFailures:
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan")])
-def test_timeout_is_checked(make, seconds):  # noqa: F811
+def test_timeout_is_checked(make, seconds):
     with pytest.raises(ValueError, match=f"`served_teacher_timeout` must be positive and finite, got {seconds}. Use"):
         make(served_teacher_timeout=seconds)

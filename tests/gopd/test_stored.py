@@ -5,9 +5,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from tests.gopd.test_control import assert_policy_gradient, logged, sampled_logps
-from tests.gopd.test_teachers import routed, several  # noqa: F401
-from tests.gopd.test_trainer import Keeping, Recording, make  # noqa: F401
+from tests.gopd.harness import Keeping, Recording, assert_policy_gradient, logged, sampled_logps
 from tests.tiny import LORA
 from trl_gopd.gopd.cache import CachedScorer
 from trl_gopd.gopd.trainer import GOPDTrainer
@@ -18,7 +16,7 @@ class Plain(Keeping, GOPDTrainer):
 
 
 @pytest.fixture
-def stored(make, tmp_path):  # noqa: F811
+def stored(make, tmp_path):
     """Rows with the completions that a run has sampled, and the losses of that run."""
     batches = []
 
@@ -35,7 +33,7 @@ def stored(make, tmp_path):  # noqa: F811
 
 
 class TestCache:
-    def test_second_run_scores_nothing(self, make, models, tmp_path):  # noqa: F811
+    def test_second_run_scores_nothing(self, make, models, tmp_path):
         options = {"ref_model": str(models / "base"), "max_steps": 2, "logprob_cache_dir": str(tmp_path / "cache")}
         plain = make(ref_model=str(models / "base"), max_steps=2)
         plain.train()
@@ -48,7 +46,7 @@ class TestCache:
         assert second.losses == first.losses
         assert logged(second, "gopd/cache_hit_share") == [1.0, 1.0]
 
-    def test_files_stand_for_their_models(self, make, models, tmp_path):  # noqa: F811
+    def test_files_stand_for_their_models(self, make, models, tmp_path):
         options = {"ref_model": str(models / "base"), "max_steps": 2}
         first = make(logprob_cache_dir=str(tmp_path), **options)
         first.train()
@@ -64,27 +62,27 @@ class TestCache:
         assert alone.losses == first.losses
         first.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))  # known as the same models
 
-    def test_missing_rows(self, make, prompts, tmp_path):  # noqa: F811
+    def test_missing_rows(self, make, prompts, tmp_path):
         make(logprob_cache_dir=str(tmp_path), gopd_lambda=1.0).train()
         other = prompts.map(lambda row: {"prompt": row["prompt"] + "!"})
         alone = make(teacher_model=str(tmp_path / "teacher.sqlite3"), gopd_lambda=1.0, train_dataset=other)
         with pytest.raises(ValueError, match="4 "):
             alone.train()
 
-    def test_by_teacher_and_another_model(self, several, models, tmp_path):  # noqa: F811
+    def test_by_teacher_and_another_model(self, several, models, tmp_path):
         several(logprob_cache_dir=str(tmp_path), gopd_lambda=1.0).train()
         assert {path.name for path in tmp_path.glob("*.sqlite3")} == {"teacher-math.sqlite3", "teacher-code.sqlite3"}
         swapped = {"math": str(models / "base"), "code": str(models / "teacher")}
         with pytest.raises(ValueError, match="teacher-math.sqlite3"):
             several(logprob_cache_dir=str(tmp_path), gopd_lambda=1.0, teacher_model=swapped)
 
-    def test_the_students_own_base_has_none(self, make, tmp_path):  # noqa: F811
+    def test_the_students_own_base_has_none(self, make, tmp_path):
         trainer = make(logprob_cache_dir=str(tmp_path), peft_config=LoraConfig(**LORA))
         trainer.train()
         assert [path.name for path in tmp_path.glob("*.sqlite3")] == ["teacher.sqlite3"]
 
     @pytest.mark.parametrize("estimator", ["full", "stratified"])
-    def test_other_estimators(self, make, tmp_path, estimator):  # noqa: F811
+    def test_other_estimators(self, make, tmp_path, estimator):
         with pytest.raises(ValueError, match="needs `gopd_estimator='sampled'`"):
             make(logprob_cache_dir=str(tmp_path), gopd_estimator=estimator)
         with pytest.raises(ValueError, match="is a cache of log-probabilities of sampled tokens"):
@@ -93,7 +91,7 @@ class TestCache:
 
 class TestCompletions:
     @pytest.mark.parametrize("estimator", ["sampled", "stratified", "full"])
-    def test_train_as_if_they_were_sampled(self, make, stored, estimator):  # noqa: F811
+    def test_train_as_if_they_were_sampled(self, make, stored, estimator):
         rows, sampled = stored
         if estimator != "sampled":
             sampled = make(gopd_estimator=estimator, max_steps=2)
@@ -109,7 +107,7 @@ class TestCompletions:
         trainer.train()
         assert trainer.losses == pytest.approx(sampled.losses, rel=1e-5)
 
-    def test_weights(self, make, models, stored):  # noqa: F811
+    def test_weights(self, make, models, stored):
         rows, _ = stored
         rows = rows.map(
             lambda row: {"sampling_per_token_logps": [-5.0 - i / 4 for i in range(len(row["completion_ids"]))]}
@@ -123,7 +121,7 @@ class TestCompletions:
         assert (weights < 1.5).any() and (weights == 1.5).any()
         assert_policy_gradient(trainer, models, weights * ((t - s) + 0.25 * (t - r)))
 
-    def test_bad_options(self, make, stored):  # noqa: F811
+    def test_bad_options(self, make, stored):
         rows, _ = stored
         with pytest.raises(ValueError, match="use `num_generations=1`"):
             make(train_dataset=rows, use_stored_completions=True, num_generations=2)

@@ -10,30 +10,12 @@ import torch
 from datasets import IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from tests.gopd.test_trainer import load, log_probs, make  # noqa: F401
+from tests.gopd.harness import IDS, load, log_probs
 from tests.tiny import LORA, build_model
 from trl_gopd.gopd.teachers import Frozen, StudentAdapter
 
 
-IDS = ["math", "code", "math", "math", "code", "math", "code", "code"] * 2
 LAMBDAS = [1.0, 1.5, 0.5, 1.25, 1.0, 2.0, 1.25, 0.0] * 2
-
-
-@pytest.fixture
-def routed(prompts):
-    return prompts.add_column("teacher_id", IDS)
-
-
-@pytest.fixture
-def several(make, models, routed):  # noqa: F811
-    """Builds a trainer with two teachers, of different widths."""
-
-    def build(**kwargs):
-        kwargs.setdefault("teacher_model", {"math": str(models / "teacher"), "code": str(models / "base")})
-        kwargs.setdefault("train_dataset", routed)
-        return make(**kwargs)
-
-    return build
 
 
 @pytest.fixture
@@ -245,18 +227,18 @@ class TestAdapters:
 
 
 class TestAdapterChoice:
-    def test_dense_student_loads_it_with_its_base(self, make, adapters):  # noqa: F811
+    def test_dense_student_loads_it_with_its_base(self, make, adapters):
         trainer = make(teacher_model=str(adapters["math"]))
         assert isinstance(trainer.teachers[None], Frozen)
         trainer.train()
 
-    def test_adapter_on_another_base_is_a_model_of_its_own(self, make, models, adapters):  # noqa: F811
+    def test_adapter_on_another_base_is_a_model_of_its_own(self, make, models, adapters):
         path = adapters["math"] / "adapter_config.json"
         path.write_text(path.read_text().replace(str(models / "student"), str(models / "base")))
         trainer = make(teacher_model=str(adapters["math"]), peft_config=LoraConfig(**LORA))
         assert isinstance(trainer.teachers[None], Frozen)
 
-    def test_reference_by_adapter(self, make, adapters):  # noqa: F811
+    def test_reference_by_adapter(self, make, adapters):
         trainer = make(ref_model=str(adapters["code"]), peft_config=LoraConfig(**LORA))
         assert trainer.references[None].adapter == "ref_model"
         trainer.train()
@@ -270,13 +252,13 @@ class TestAdapterChoice:
                 peft_config=LoraConfig(**LORA),
             )
 
-    def test_base_of_the_student_is_not_loaded_again(self, make, models):  # noqa: F811
+    def test_base_of_the_student_is_not_loaded_again(self, make, models):
         trainer = make(teacher_model=str(models / "student"), gopd_lambda=1.0, peft_config=LoraConfig(**LORA))
         assert isinstance(trainer.teachers[None], StudentAdapter) and trainer.teachers[None].adapter is None
         trainer.train()
         assert trainer.losses == [pytest.approx(0, abs=1e-6)]  # a fresh adapter changes nothing
 
-    def test_a_base_in_memory_may_have_other_weights_than_its_name(self, make, models, adapters):  # noqa: F811
+    def test_a_base_in_memory_may_have_other_weights_than_its_name(self, make, models, adapters):
         student = get_peft_model(load(models / "student"), LoraConfig(**LORA))
         trainer = make(model=student, teacher_model=str(adapters["math"]), ref_model=str(models / "student"))
         assert isinstance(trainer.teachers[None], Frozen) and isinstance(trainer.references[None], Frozen)
@@ -331,7 +313,7 @@ class TestBadInput:
             several(train_dataset=stream).train()
 
     @pytest.mark.parametrize("value", ["1.5", -1.0, float("nan"), float("inf"), None])
-    def test_lambda_that_is_none(self, make, prompts, value):  # noqa: F811
+    def test_lambda_that_is_none(self, make, prompts, value):
         values = [value] * 16
         with pytest.raises(ValueError, match="`lambda` must be a finite number >= 0, got .* in row 0"):
             make(train_dataset=prompts.add_column("lambda", values))
@@ -340,7 +322,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="Give the same keys to both"):
             several(ref_model={"math": str(models / "base")})
 
-    def test_references_by_id_for_one_teacher(self, make, models):  # noqa: F811
+    def test_references_by_id_for_one_teacher(self, make, models):
         with pytest.raises(ValueError, match="Give the same keys to both"):
             make(ref_model={"math": str(models / "base")})
 
@@ -369,14 +351,14 @@ class TestBadInput:
         with pytest.raises(ValueError, match="heads of the frozen models in the loss"):
             several(offload_frozen_models=True, gopd_estimator="full")
 
-    def test_lambda_without_a_reference(self, make):  # noqa: F811
+    def test_lambda_without_a_reference(self, make):
         rows = [{"prompt": "?", "lambda": 2.0}] * 4
         stream = IterableDataset.from_generator(lambda: iter(rows))
         with pytest.raises(ValueError, match="no reference was loaded"):
             make(train_dataset=stream, gopd_lambda=1.0).train()
 
 
-def test_single_teacher_ignores_the_column(make, routed):  # noqa: F811
+def test_single_teacher_ignores_the_column(make, routed):
     trainer = make(train_dataset=routed)
     trainer.train()
     assert trainer.seen["teacher_index"].sum() == 0

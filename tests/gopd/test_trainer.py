@@ -14,104 +14,10 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.tiny import LORA, build_model, build_tokenizer, scripted_completions
-from trl_gopd.gopd.config import GOPDConfig
+from tests.gopd.harness import Recording, load, log_probs
+from tests.tiny import LORA, build_model, build_tokenizer
 from trl_gopd.gopd.teachers import StudentAdapter
 from trl_gopd.gopd.trainer import GOPDTrainer
-
-
-TRAINER_ARGUMENTS = (
-    "teacher_model",
-    "ref_model",
-    "peft_config",
-    "reward_funcs",
-    "eval_dataset",
-    "train_dataset",
-    "teacher_prompt",
-    "teacher_processing_class",
-)
-
-
-class ScriptedTrainer(GOPDTrainer):
-    """Completions depend on the prompt and the step alone, so that runs of other layouts see the same tokens."""
-
-    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        completions = scripted_completions(self._tokenizer, prompt_ids, step=self.state.global_step, max_length=9)
-        return completions, None
-
-
-class Keeping:
-    """Keeps the micro-batches and the gradient before the optimizer sees it."""
-
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        model = self.accelerator.unwrap_model(self.model)
-        self.grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        return loss
-
-    def _compute_loss(self, model, inputs):
-        self.seen = inputs
-        loss = super()._compute_loss(model, inputs)
-        self.losses = [*getattr(self, "losses", []), loss.item()]
-        return loss
-
-
-class Recording(Keeping, ScriptedTrainer):
-    pass
-
-
-@pytest.fixture
-def make(models, tmp_path, prompts, tokenizer):
-    """Builds a trainer; keyword arguments go to the trainer or to the configuration."""
-
-    def build(cls=Recording, model=None, **kwargs):
-        arguments = {name: kwargs.pop(name) for name in TRAINER_ARGUMENTS if name in kwargs}
-        config = {
-            "output_dir": str(tmp_path / "out"),
-            "per_device_train_batch_size": 4,
-            "max_completion_length": 10,
-            "max_steps": 1,
-            "logging_steps": 1,
-            "learning_rate": 0.1,
-            "optim": "sgd",
-            "max_grad_norm": 0.0,
-            "weight_decay": 0.0,
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "gradient_checkpointing": False,
-            **kwargs,
-        }
-        arguments.setdefault("teacher_model", str(models / "teacher"))
-        arguments.setdefault("train_dataset", prompts)
-        return cls(
-            model=str(models / "student") if model is None else model,
-            args=GOPDConfig(**config),
-            processing_class=tokenizer,
-            **arguments,
-        )
-
-    return build
-
-
-def load(path):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-
-
-def log_probs(model, inputs):
-    """`(B, T, V)` log-probabilities of the completions, the naive way: each row alone, without padding."""
-    width = inputs["completion_ids"].size(1)
-    rows = []
-    for prompt, seen, completion, mask in zip(
-        *(inputs[k] for k in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")), strict=True
-    ):
-        ids = torch.cat([prompt[seen.bool()], completion[mask.bool()]]).unsqueeze(0)
-        count = int(mask.sum())
-        logits = model(input_ids=ids).logits[0, -count - 1 : -1].float().log_softmax(-1)
-        rows.append(torch.cat([logits, logits.new_zeros(width - count, logits.size(-1))]))
-    return torch.stack(rows)
 
 
 def naive_loss(student, teacher, reference, inputs, gopd_lambda, estimator):
