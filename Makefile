@@ -25,7 +25,7 @@ DISTRIBUTED_TESTS := $(wildcard tests/distributed/test_*.py)
 .PHONY: help install demo test slow lint format bench clean
 
 help:
-	@echo "make demo    distil a small model, quantize another, and write demo_out/"
+	@echo "make demo    distil a small model, merge two experts, quantize another, and write demo_out/"
 	@echo "make test    run the tests (without those marked slow)"
 	@echo "make slow    run only the tests marked slow"
 	@echo "make lint    ruff check, ruff format --check, mypy"
@@ -53,6 +53,8 @@ $(STAMP): pyproject.toml setup.cfg constraints.txt
 demo: $(STAMP)
 	@echo "Distilling a small embedded model, one seed, into demo_out/ (a few minutes on a CPU)"
 	@$(BIN)/trl-gopd demo distill --seeds 1 --output-dir demo_out
+	@echo "Merging two small experts into their base, one seed (a few minutes on a CPU)"
+	@$(BIN)/trl-gopd demo merge --seeds 1 --output-dir demo_out
 	@echo "Quantizing SmolLM2-135M-Instruct to 3 and 2 bits, and asking it questions (about ten minutes on two cores)"
 	@$(BIN)/trl-gopd demo quantize --output-dir demo_out
 

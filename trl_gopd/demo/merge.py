@@ -26,6 +26,7 @@ ESTIMATORS = ("sampled", "full")
 # How far from the base to the mean of the experts; 1 is the mean.
 ALPHAS = (1.0, 1.25, 1.5)
 KIND = ("model", "lambda", "alpha", "estimator")
+GAIN = ("gain_over_teacher", "gain_standard_error")
 
 
 @dataclass(frozen=True)
@@ -260,8 +261,8 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
     return results.summarize(rows, by=("domain", *KIND), teacher_of=lambda row: experts[row["seed"], row["domain"]])
 
 
-def _by_kind(summary: Sequence[dict]) -> dict[tuple, dict[str, dict]]:
-    """Kind, then domain, to row of the summary."""
+def by_kind(summary: Sequence[dict]) -> dict[tuple, dict[str, dict]]:
+    """The summary by kind, in the order of `KIND`, then by domain."""
     kinds: dict[tuple, dict[str, dict]] = {}
     for row in summary:
         kinds.setdefault(tuple(row[name] for name in KIND), {})[row["domain"]] = row
@@ -279,7 +280,7 @@ def print_table(result: dict) -> None:
     for domain in DOMAINS:
         for name in (domain, "against its expert", "KL to it"):
             table.add_column(name, justify="right")
-    for (model, gopd_lambda, alpha, estimator), row_of in _by_kind(result["summary"]).items():
+    for (model, gopd_lambda, alpha, estimator), row_of in by_kind(result["summary"]).items():
         scale = "" if gopd_lambda is None else f"λ = {gopd_lambda:g}"
         cells = [model.replace("_", " "), scale if alpha is None else f"α = {alpha:g}", estimator or ""]
         for row in map(row_of.__getitem__, DOMAINS):
@@ -294,32 +295,29 @@ def print_table(result: dict) -> None:
 
 
 def draw(result: dict, path: Path) -> None:
-    """Accuracy in one domain against that in the other; a line joins what differs in λ or α alone."""
+    """Accuracy beyond each domain's expert, within a seed; a line joins what differs in λ or α alone."""
     from matplotlib.figure import Figure
 
-    kinds = _by_kind(result["summary"])
     series: dict[str, list[tuple[str, dict[str, dict]]]] = {}
-    for (model, gopd_lambda, alpha, estimator), row_of in kinds.items():
+    for (model, gopd_lambda, alpha, estimator), row_of in by_kind(result["summary"]).items():
         label = ", ".join(part for part in (model.replace("_", " "), estimator) if part)
-        scale = f"{gopd_lambda or alpha or 0:g}"
-        series.setdefault(label, []).append((scale if model in ("weights", "student") else "", row_of))
+        scale = f"{gopd_lambda or alpha:g}" if gopd_lambda or alpha else ""
+        series.setdefault(label, []).append((scale, row_of))
     figure = Figure(figsize=(6.5, 5.5), layout="constrained")
     axes = figure.subplots()
-    across, up = DOMAINS
-    for label, points in series.items():
-        (x, y), (x_error, y_error) = (
-            [[row_of[domain][field] for _, row_of in points] for domain in (across, up)]
-            for field in ("accuracy", "standard_error")
+    for index, (label, points) in enumerate(series.items()):
+        (x, x_error), (y, y_error) = (
+            # an expert has no gain in its own domain
+            [[row_of[domain][field] or 0.0 for _, row_of in points] for field in GAIN]
+            for domain in DOMAINS
         )
-        axes.errorbar(x, y, y_error, x_error, marker="o", capsize=2, linewidth=1, label=label)
-        for scale, *position in zip([scale for scale, _ in points], x, y, strict=True):
-            axes.annotate(scale, position, xytext=(5, -11), textcoords="offset points", fontsize="small")
-    for domain, line in ((across, axes.axvline), (up, axes.axhline)):
-        line(kinds[_expert(domain), None, None, None][domain]["accuracy"], color="black", linestyle=":", linewidth=1)
-    axes.set(
-        xlabel=f"{across}, sampled accuracy",
-        ylabel=f"{up}, sampled accuracy",
-        title="Two experts merged into their base\n(dotted: each expert in its own domain; numbers: λ or α)",
-    )
+        axes.errorbar(x, y, y_error, x_error, marker="o", markersize=4, capsize=2, linewidth=1, label=label)
+        shift = (6, -11) if index % 2 else (-20, 6)  # two lines close together keep their numbers apart
+        for (scale, _), *position in zip(points, x, y, strict=True):
+            axes.annotate(scale, position, xytext=shift, textcoords="offset points", fontsize="small")
+    axes.axvline(0, color="black", linestyle=":", linewidth=1)
+    axes.axhline(0, color="black", linestyle=":", linewidth=1)
+    across, up = (f"{domain}: accuracy beyond its expert's" for domain in DOMAINS)
+    axes.set(xlabel=across, ylabel=up, title="Two experts merged into their base\n(numbers: λ or α)")
     axes.legend()
     figure.savefig(path, dpi=150)
