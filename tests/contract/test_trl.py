@@ -139,7 +139,8 @@ def test_gopd_config_adds_no_field_of_grpo():
     assert not {name for name in own if name in grpo}, f"fields of GRPOConfig {WHERE}config.py"
 
 
-def test_a_server_is_asked_and_read_as_by_the_client_of_trl():
+@pytest.mark.parametrize("top", [1, 2])
+def test_a_server_is_asked_and_read_as_by_the_client_of_trl(top):
     sequences, prompt_lengths = [[3, 5, 7], [4, 6]], [1, 1]
     entry = {"decoded_token": "?", "rank": 1}
     choices = [
@@ -159,8 +160,8 @@ def test_a_server_is_asked_and_read_as_by_the_client_of_trl():
         return choices
 
     theirs._post, ours._ask = post, ask
-    answer = theirs.get_sequence_logprobs(sequences, prompt_lengths, top_logprobs=1, temperature=0.5)
-    got = ours._distributions(sequences, [2, 1], [0, 1], temperature=0.5)
+    answer = theirs.get_sequence_logprobs(sequences, prompt_lengths, top_logprobs=top, temperature=0.5)
+    got = ours._distributions(sequences, [2, 1], [0, 1], temperature=0.5, top=top)
     assert payloads[0] == {key: payloads[1][key] for key in payloads[0]}, f"fields of a request {WHERE}served.py"
     want = [[value for (value,) in row] for row in answer["actual_logprobs"]]
     read = [[by_id[i] for i, by_id in zip(ids[1:], row, strict=True)] for ids, row in zip(sequences, got, strict=True)]

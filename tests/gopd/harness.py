@@ -81,14 +81,19 @@ def sampled_logps(models, inputs, reference="student"):
         ]
 
 
-def assert_policy_gradient(trainer, models, credit):
-    """`credit` is what multiplies each token's ∇ log π, before the mean over a sequence's tokens."""
-    student, inputs = load(models / "student"), trainer.seen
-    mask = inputs["completion_mask"].float()
-    log_s = log_probs(student, inputs).gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
-    loss = -((credit * log_s * mask).sum(1) / mask.sum(1)).mean()
+def assert_gradient(trainer, student, losses):
+    """`losses` `(B, T)` are those of the tokens, with the gradient of `student`: a loaded copy of the start."""
+    mask = trainer.seen["completion_mask"].float()
+    loss = ((losses * mask).sum(1) / mask.sum(1)).mean()
     named = dict(student.named_parameters())
     want = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
     norm = torch.stack([g.norm() for g in want.values()]).norm()
     gap = torch.stack([(trainer.grads[n] - want[n]).norm() for n in want]).norm()
     assert norm > 0 and gap / norm < 1e-5, gap / norm
+
+
+def assert_policy_gradient(trainer, models, credit):
+    """`credit` is what multiplies each token's ∇ log π, before the mean over a sequence's tokens."""
+    student, inputs = load(models / "student"), trainer.seen
+    log_s = log_probs(student, inputs).gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
+    assert_gradient(trainer, student, -credit * log_s)

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from tests.gopd.harness import load
+from tests.gopd.harness import assert_gradient, load, log_probs, logged
 from tests.tiny import build_tokenizer
 from trl_gopd.gopd import served
 from trl_gopd.gopd.scoring import FrozenModel, score
@@ -34,8 +34,12 @@ class Server(ThreadingHTTPServer):
         self.model, self.names, self.root, self.max_model_len = model, ["served", "adapter"], root, 256
         self.tempers = False  # vLLM's do not
         self.edit = lambda choices: choices
-        self.status, self.hangs, self.drops = 200, False, 0
+        self.status, self.hangs, self.drops, self.most = 200, False, 0, None
         self.requests, self.released = [], threading.Event()
+
+    @property
+    def error(self):
+        return "out of memory" if self.most is None else f"prompt_logprobs must be at most {self.most}"
 
     @property
     def url(self):
@@ -66,13 +70,15 @@ class Handler(BaseHTTPRequestHandler):
             self.server.drops -= 1
             self.connection.shutdown(socket.SHUT_RDWR)
             return
+        if self.server.most and payload["prompt_logprobs"] > self.server.most:
+            self.server.status = 400
         choices = [self.server.choice(i, ids, payload) for i, ids in enumerate(payload["prompt"])]
         self.answer({"choices": self.server.edit(choices[::-1])})  # told apart by their index
 
     def answer(self, body):
         self.send_response(self.server.status)
         self.end_headers()
-        self.wfile.write(json.dumps(body if self.server.status == 200 else {"error": "out of memory"}).encode())
+        self.wfile.write(json.dumps(body if self.server.status == 200 else {"error": self.server.error}).encode())
 
     def log_message(self, *args):
         pass
@@ -167,11 +173,72 @@ class TestTraining:
         with pytest.raises(ValueError, match=r"`teacher_model` at .* ignores the temperature.*Use `temperature=1`"):
             make(teacher_model=server.url, temperature=0.7)
 
-    @pytest.mark.parametrize("estimator", ["full", "stratified"])
-    @pytest.mark.parametrize("role", ["teacher_model", "ref_model"])
-    def test_other_estimators_are_refused(self, make, estimator, role):
-        with pytest.raises(ValueError, match=rf"'{estimator}'.*http://nowhere can score. Use 'sampled'"):
+    @pytest.mark.parametrize("gopd_lambda", [1.0, 1.5])
+    def test_all_ids_of_a_server_give_the_full_gradient(self, make, models, server, tokenizer, gopd_lambda):
+        trainer = same_training(
+            make,
+            {"teacher_model": str(models / "teacher"), "gopd_estimator": "full"},
+            {"teacher_model": server.url, "gopd_estimator": "stratified", "gopd_top_k": len(tokenizer)},
+            gopd_lambda=gopd_lambda,
+            ref_model=str(models / "base"),
+        )
+        assert logged(trainer, "gopd/top_k_coverage") == [pytest.approx(1)]
+        assert not logged(trainer, "gopd/top_k_overlap")
+
+    def test_its_likeliest_ids_and_the_sampled_one(self, make, models, server):
+        """The coefficients of ∇ log π_v are π_v (A_v − b) inside S, and A_y − b for a sampled token outside."""
+        trainer = make(teacher_model=server.url, gopd_estimator="stratified", gopd_top_k=3, gopd_lambda=1.0)
+        trainer.train()
+        inputs, student = trainer.seen, load(models / "student")
+        log_s = log_probs(student, inputs)
+        with torch.no_grad():
+            log_t, own = log_probs(load(models / "teacher"), inputs), log_s.detach()
+            stratum = torch.zeros_like(own, dtype=torch.bool).scatter(-1, log_t.topk(3).indices, True)
+            rest_t, rest_s = (x.masked_fill(stratum, -torch.inf).logsumexp(-1, keepdim=True) for x in (log_t, own))
+            sampled = torch.zeros_like(own).scatter(-1, inputs["completion_ids"].unsqueeze(-1), 1.0)
+            weights = torch.where(stratum, own.exp(), sampled) * (log_t - own - (rest_t - rest_s))
+        assert_gradient(trainer, student, -(weights * log_s).sum(-1))
+
+    def test_several_servers(self, make, models, server, another, prompts):
+        rows = prompts.add_column("teacher_id", ["math", "code"] * 8)
+        here = {"math": str(models / "teacher"), "code": str(models / "base")}
+        trainer = same_training(
+            make,
+            {"teacher_model": here, "gopd_estimator": "full"},
+            {
+                "teacher_model": {"math": server.url, "code": another.url},
+                "gopd_estimator": "stratified",
+                "gopd_top_k": server.model.config.vocab_size,
+            },
+            train_dataset=rows,
+            gopd_lambda=1.0,
+            log_completions=True,
+        )
+        assert {"gopd/math/reverse_kl", "gopd/code/reverse_kl"} <= trainer.state.log_history[0].keys()
+
+    def test_a_server_with_fewer_ids_is_refused_at_the_start(self, make, server):
+        server.most = 20
+        with pytest.raises(RuntimeError, match="HTTP 400: .*at most 20.*`--max-logprobs`, 20 by default, has to be"):
+            make(teacher_model=server.url, gopd_estimator="stratified")
+
+    @pytest.mark.parametrize(
+        ("estimator", "role"), [("full", "teacher_model"), ("full", "ref_model"), ("stratified", "ref_model")]
+    )
+    def test_what_no_server_can_tell_is_refused(self, make, estimator, role):
+        with pytest.raises(ValueError, match=rf"'{estimator}'.* ids that http://nowhere cannot be asked for"):
             make(gopd_estimator=estimator, **{role: "http://nowhere"})
+
+    def test_one_server_for_both_is_no_way_around(self, make, server):
+        with pytest.raises(ValueError, match="cannot be asked for"):
+            make(gopd_estimator="stratified", teacher_model=server.url, ref_model=server.url)
+
+    def test_served_and_local_teachers_are_refused(self, make, models, prompts):
+        with pytest.raises(ValueError, match="got teachers of both kinds. Serve all of them"):
+            make(
+                gopd_estimator="stratified",
+                teacher_model={"math": "http://nowhere", "code": str(models / "base")},
+                train_dataset=prompts.add_column("teacher_id", ["math", "code"] * 8),
+            )
 
     @pytest.mark.parametrize("given", [{"revision": "v2"}, {"init_kwargs": {"dtype": "bfloat16"}}])
     def test_options_of_loading_are_refused(self, make, server, given):
@@ -221,9 +288,40 @@ class TestScore:
         hidden = ids.masked_fill(seen == 0, 100_000)
         assert torch.equal(teacher.score(hidden, seen, hidden[:, 5:]), want)
 
+    @pytest.mark.parametrize("top_k", [1, 3, 40])
+    def test_likeliest_ids_do_not_depend_on_the_sampled_one(self, server, batch, top_k):
+        ids, seen, completion_ids = batch
+        logps, top_ids, top_logps = scorer(server, top_k=top_k).score_top(*batch)
+        torch.testing.assert_close(logps, scorer(server).score(*batch), rtol=0, atol=CLOSE)
+        assert top_ids.shape == top_logps.shape == (5, 7, top_k)
+        is_scored = seen[:, 5:].bool()
+        assert top_ids[~is_scored].eq(0).all() and top_logps[~is_scored].eq(0).all()
+        for row, position in is_scored.nonzero().tolist():
+            text = ids[row][seen[row].bool()][: int(seen[row, : 5 + position].sum())]
+            want = server.model(text.unsqueeze(0)).logits[0, -1].float().log_softmax(-1).topk(top_k)
+            order = top_logps[row, position].argsort(descending=True)
+            assert top_ids[row, position][order].tolist() == want.indices.tolist()
+            torch.testing.assert_close(top_logps[row, position][order], want.values, rtol=0, atol=CLOSE)
+
+    def test_too_few_ids(self, server, batch):
+        ids, seen, completion_ids = batch
+        teacher, sent = scorer(server, top_k=3, batch_size=1), ids[0][seen[0].bool()]
+
+        def two_ids(choices):
+            answer = choices[0]["prompt_logprobs"]
+            for position, token in enumerate(sent[1:].tolist(), start=1):
+                other = next(key for key in answer[position] if key != str(token))
+                answer[position] = {key: answer[position][key] for key in (str(token), other)}
+            return choices
+
+        server.edit = two_ids
+        with pytest.raises(RuntimeError, match="answered with 1 ids instead of 3"):
+            teacher.score_top(ids[:1], seen[:1], completion_ids[:1])
+
     def test_nothing_to_score(self, server, batch):
         ids, seen, completion_ids = batch
         teacher = scorer(server)
+        assert all(part.eq(0).all() for part in teacher.score_top(ids, seen * (torch.arange(12) < 5), completion_ids))
         assert teacher.score(ids, seen * (torch.arange(12) < 5), completion_ids).eq(0).all()
         assert teacher.score(ids[:0], seen[:0], completion_ids[:0]).shape == (0, 7)
         assert teacher.score(ids, seen, completion_ids[:, :0]).shape == (5, 0)

@@ -3,6 +3,7 @@ Laws of the stratified estimator: its expectation, enumerated over tiny vocabula
 float64, its variance, and what padded vocabularies and bad input do to it.
 """
 
+import itertools
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from trl_gopd.gopd.objective import (
     LogitTransform,
+    discounted_advantages,
     extrapolated_divergence,
     log_probs_at,
     stratified_divergence,
@@ -267,6 +269,7 @@ class TestGradient:
             "reference_logps": problem.reference.double().log_softmax(-1).gather(1, pick)[:, 0],
             "entropy": -(log_s.exp() * log_s).sum(-1),
             "reverse_kl": reverse_kl,
+            "expected_advantage": mean,
             "coverage": log_s.gather(1, ids).exp().sum(-1),
         }
         if gopd_lambda == 1:
@@ -293,10 +296,36 @@ class TestGradient:
         assert torch.equal(problem.hidden.grad, want)
         assert problem.weight.grad is None
 
-    def test_only_the_divergence_has_one(self):
-        out = Problem(6).stratified()
-        assert out.divergence.requires_grad
-        assert not any(value.requires_grad for name, value in vars(out).items() if name != "divergence")
+    @pytest.mark.parametrize("name", ["stratified", "full"])
+    def test_only_the_divergence_and_the_labels_have_one(self, name):
+        out = getattr(Problem(6), name)()
+        assert {key for key, value in vars(out).items() if value.requires_grad} == {"divergence", "student_logps"}
+
+    @pytest.mark.parametrize("name", ["stratified", "full"])
+    @pytest.mark.parametrize("both", [False, True])
+    def test_of_the_labels(self, name, both):
+        """Alone, and beside that of the divergence; chunked, capped and tempered."""
+        problem = Problem(8, tokens=11)
+        upstream, other = draw(11, generator=problem.generator), draw(11, generator=problem.generator) * both
+        out = getattr(problem, name)(transform=CAPPED, chunk_size=3)
+        loss = (out.student_logps * upstream).sum()
+        got = torch.autograd.grad(loss + (out.divergence * other).sum() if both else loss, problem.parameters)
+        z = problem.hidden @ problem.weight.t() + problem.bias
+        log_s = CAPPED(z).log_softmax(-1).gather(1, problem.labels.unsqueeze(1))[:, 0]
+        want = torch.autograd.grad((log_s * upstream).sum(), problem.parameters)
+        alone = getattr(problem, name)(transform=CAPPED, chunk_size=3).divergence
+        of_divergence = torch.autograd.grad((alone * other).sum(), problem.parameters)
+        for a, b, c in zip(got, want, of_divergence, strict=True):
+            torch.testing.assert_close(a, b + c, rtol=0, atol=problem.tolerance * 11)
+
+    def test_of_a_label_that_the_shared_vocabulary_lacks(self):
+        problem = Problem(9, vocab_size=37)
+        problem.labels[2] = 36
+        out = problem.full(target_logits=lambda rows: (problem.teacher[rows, :30], problem.reference[rows, :30]))
+        lacking = problem.labels >= 30
+        assert torch.equal(out.student_logps.isneginf(), lacking)
+        grad = torch.autograd.grad(out.student_logps.masked_fill(lacking, 0.0).sum(), problem.hidden)[0]
+        assert grad[lacking].abs().max() == 0 < grad[~lacking].abs().min()
 
     def test_reference_is_not_needed_at_one(self):
         problem = Problem(7)
@@ -315,6 +344,102 @@ class TestGradient:
 
         problem.stratified(target_logps=target_logps, chunk_size=3).divergence.sum().backward()
         assert asked == [(0, 3, (3, 5)), (3, 6, (3, 5)), (6, 7, (1, 5))]
+
+
+class Sequences:
+    """All `V^T` sequences, with a row of logits for every prefix: sums over them are exact expectations."""
+
+    V, T = 3, 3
+
+    def __init__(self, seed, gopd_lambda):
+        gen = torch.Generator().manual_seed(seed)
+        prefixes = [p for n in range(self.T) for p in itertools.product(range(self.V), repeat=n)]
+        self.ids = torch.tensor(list(itertools.product(range(self.V), repeat=self.T)))  # (V^T, T)
+        index = {prefix: number for number, prefix in enumerate(prefixes)}
+        rows = [[index[tuple(ids[:n])] for n in range(self.T)] for ids in self.ids.tolist()]
+        self.hidden = torch.eye(len(prefixes))[torch.tensor(rows)]  # (V^T, T, prefixes)
+        self.table = draw(self.V, len(prefixes), generator=gen).requires_grad_()
+        self.teacher, self.reference = (
+            torch.einsum("ntp,vp->ntv", self.hidden, draw(self.V, len(prefixes), generator=gen)).log_softmax(-1)
+            for _ in range(2)
+        )
+        self.gopd_lambda = gopd_lambda
+
+    def student(self):
+        return torch.einsum("ntp,vp->ntv", self.hidden, self.table).log_softmax(-1)
+
+    def of_sampled(self, logps):
+        return logps.gather(-1, self.ids.unsqueeze(-1)).squeeze(-1)
+
+    def advantages(self):
+        """`(V^T, T)`, of the sampled ids, with gradient."""
+        t, r = self.of_sampled(self.teacher), self.of_sampled(self.reference)
+        return t - self.of_sampled(self.student()) + (self.gopd_lambda - 1) * (t - r)
+
+    def probabilities(self):
+        return self.of_sampled(self.student()).sum(1).exp()
+
+    def gradients(self, discount, top_k=None):
+        """`(V^T, V, prefixes)`: what each sequence estimates; by the sampled ids alone if `top_k` is 0."""
+        gradients = []
+        for number in range(len(self.ids)):
+            if top_k == 0:
+                credit = discounted_advantages(
+                    self.advantages().detach()[number : number + 1], torch.ones(1, self.T), discount
+                )
+                loss = -(credit[0] * self.of_sampled(self.student())[number]).sum()
+            else:
+                teacher, reference = self.teacher[number], self.reference[number]
+                options = {"labels": self.ids[number], "gopd_lambda": self.gopd_lambda}
+                if top_k is None:
+                    out = extrapolated_divergence(
+                        self.hidden[number],
+                        self.table,
+                        None,
+                        target_logits=lambda rows, t=teacher, r=reference: (t[rows], r[rows]),
+                        **options,
+                    )
+                else:
+                    out = stratified_divergence(
+                        self.hidden[number],
+                        self.table,
+                        None,
+                        target_logps=targets(teacher, reference),
+                        top_k=top_k,
+                        **options,
+                    )
+                expected = out.expected_advantage.unsqueeze(0)
+                later = discounted_advantages(expected, torch.ones(1, self.T), discount)[0] - expected[0]
+                loss = out.divergence.sum() - (later * out.student_logps).sum()
+            gradients.append(torch.autograd.grad(loss, self.table)[0])
+        return torch.stack(gradients)
+
+
+class TestWholeSequences:
+    """With the later tokens' expected advantages credited at discount 1, it is the gradient of −E[Σ A]."""
+
+    @pytest.mark.parametrize("gopd_lambda", [1.0, 1.5])
+    @pytest.mark.parametrize("top_k", [None, 1, 0])
+    def test_expectation(self, gopd_lambda, top_k):
+        problem = Sequences(0, gopd_lambda)
+        objective = -(problem.probabilities() * problem.advantages().sum(1)).sum()
+        (want,) = torch.autograd.grad(objective, problem.table)
+        got = torch.einsum("n,nvp->vp", problem.probabilities().detach(), problem.gradients(1.0, top_k))
+        # 27 sequences of 3 tokens, numbers of magnitude below 16
+        torch.testing.assert_close(got, want, rtol=0, atol=27 * 3 * 16 * EPS)
+
+    def test_variance(self):
+        """Expected advantages are less noisy than sampled ones."""
+        for seed in range(5):
+            problem = Sequences(seed, 1.25)
+            probabilities = problem.probabilities().detach()
+            variances = []
+            for top_k in (None, 1, 0):
+                gradients = problem.gradients(1.0, top_k)
+                centred = gradients - torch.einsum("n,nvp->vp", probabilities, gradients)
+                variances.append(float(probabilities @ centred.square().sum((1, 2))))
+            exact, stratified, sampled = variances
+            assert max(exact, stratified) < sampled
 
 
 class TestVariance:

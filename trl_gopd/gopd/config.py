@@ -47,10 +47,11 @@ class GOPDConfig(GRPOConfig):
             takes the expectation of the same gradient over the vocabulary: no noise from the sampled token, for the
             price of the three models' logits in the loss. It needs no importance weight, and takes no `reward_funcs`.
             `"stratified"` takes it over the student's `gopd_top_k` likeliest tokens and corrects with the sampled one:
-            unbiased too, in between in noise, and k + 1 numbers of the frozen models a token. It takes no
-            `reward_funcs` and no rollout twice.
+            unbiased too, in between in noise, and k + 1 numbers of the frozen models a token. If the teachers are
+            served, the tokens are those that the server finds likeliest. It takes no `reward_funcs` and no rollout
+            twice.
         gopd_top_k (`int`, *optional*, defaults to `64`):
-            k of `"stratified"`.
+            k of `"stratified"`. A vLLM server tells at most its `--max-logprobs`, 20 by default.
         gopd_extrapolation_clip (`float`, *optional*):
             Bound c on |log π* − log π_ref| in the extrapolation term, which is unbounded otherwise. λ = 1 is
             untouched by it. Not in the paper.
@@ -61,8 +62,9 @@ class GOPDConfig(GRPOConfig):
             Tokens at the beginning of each completion that are not trained on. Not in the paper.
         gopd_discount (`float`, *optional*, defaults to `0.0`):
             γ between 0 and 1 with which a token is also credited with the advantages of those after it. `0` is the
-            paper's. With `1` the sampled gradient is that of the whole sequence, and much noisier. Only with
-            `gopd_estimator="sampled"`.
+            paper's. With `1` the gradient is that of the whole sequence, and much noisier. Less so with the estimators
+            `"full"` and `"stratified"`, which credit expected advantages and not sampled ones; rollouts are then used
+            for one step.
 
         > Parameters that control how λ varies (none of them in the paper)
 
@@ -332,7 +334,7 @@ class GOPDConfig(GRPOConfig):
                 "for no gate."
             )
         if self.gopd_estimator != "sampled":
-            for name in ("gopd_discount", "gopd_deterministic_above", "gopd_needs_agreement", "logprob_cache_dir"):
+            for name in ("gopd_deterministic_above", "gopd_needs_agreement", "logprob_cache_dir"):
                 if getattr(self, name):
                     raise ValueError(
                         f"`{name}={getattr(self, name)!r}` is about the sampled tokens alone and needs "
@@ -385,13 +387,15 @@ class GOPDConfig(GRPOConfig):
                 "use_adaptive_entropy": (self.use_adaptive_entropy, f"{no_action}. Use False."),
                 "off_policy_mask_threshold": (self.off_policy_mask_threshold is not None, f"{no_action}. Use None."),
             }
-        if self.gopd_estimator == "stratified":
-            reused = "a rollout is used for one step with `gopd_estimator='stratified'`"
+        if self.gopd_estimator == "stratified" or self.gopd_estimator == "full" and self.gopd_discount:
+            discounted = f" and `gopd_discount={self.gopd_discount}`" if self.gopd_estimator == "full" else ""
+            reused = f"a rollout is used for one step with `gopd_estimator={self.gopd_estimator!r}`{discounted}"
+            other = "`gopd_discount=0`" if discounted else "'full'"
             refused |= {
-                "num_iterations": (self.num_iterations != 1, f"{reused}. Use 1, or 'full'."),
+                "num_iterations": (self.num_iterations != 1, f"{reused}. Use 1, or {other}."),
                 "steps_per_generation": (
                     self.steps_per_generation != self.gradient_accumulation_steps,
-                    f"{reused}. Use `gradient_accumulation_steps={self.gradient_accumulation_steps}`, or 'full'.",
+                    f"{reused}. Use `gradient_accumulation_steps={self.gradient_accumulation_steps}`, or {other}.",
                 ),
             }
         for name, (is_refused, reason) in refused.items():

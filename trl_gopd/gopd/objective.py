@@ -182,7 +182,7 @@ class LogitTransform:
 @dataclass(frozen=True)
 class DivergenceOutput:
     """
-    What `extrapolated_divergence` returns; every field is `(N,)` float32 in nats, and only the first has a gradient.
+    What `extrapolated_divergence` returns; every field is `(N,)` float32 in nats, and the first two have a gradient.
 
     Args:
         divergence (`torch.Tensor`): KL(π ‖ q_λ).
@@ -191,6 +191,7 @@ class DivergenceOutput:
         reference_logps (`torch.Tensor` or `None`): The same under the reference, when there is one.
         entropy (`torch.Tensor`): Entropy of the student.
         reverse_kl (`torch.Tensor`): KL(π ‖ π*), exact.
+        expected_advantage (`torch.Tensor`): E[A] over π, with A of `token_advantages`: log Z_λ − KL(π ‖ q_λ).
     """
 
     divergence: Tensor
@@ -199,6 +200,7 @@ class DivergenceOutput:
     reference_logps: Tensor | None
     entropy: Tensor
     reverse_kl: Tensor
+    expected_advantage: Tensor
 
 
 def extrapolated_divergence(
@@ -253,11 +255,11 @@ def extrapolated_divergence(
     #   g = log π − log q,   KL = Σ π g,   ∂KL/∂z = π (g − KL)
     # The "+1" of ∂(π log π) drops out since the entries of ∂π sum to 0.
 
-    def log_probs(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def log_probs(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float | Tensor]:
         return _log_probs(logits, *target_logits(rows), _rows_of(gopd_lambda, rows), extrapolation_clip)
 
     def values(rows: slice, logits: Tensor) -> tuple[Tensor | None, ...]:
-        student, log_q, log_t, log_r = log_probs(rows, logits)
+        student, log_q, log_t, log_r, log_z = log_probs(rows, logits)
         probs, label = student.exp(), labels[rows].unsqueeze(1)
         divergence = expectation(probs, student - log_q)
         return (
@@ -267,13 +269,15 @@ def extrapolated_divergence(
             None if log_r is None else _gather_ids(log_r, label).squeeze(1),
             -expectation(probs, student),
             divergence if log_q is log_t else expectation(probs, student - log_t),
+            log_z - divergence,
         )
 
-    def gradient(rows: slice, logits: Tensor) -> Tensor:
-        student, log_q, _, _ = log_probs(rows, logits)
+    def gradient(rows: slice, logits: Tensor, of_divergence: Tensor, of_logps: Tensor | None) -> Tensor:
+        student, log_q, *_ = log_probs(rows, logits)
         probs = student.exp()
         gap = (student - log_q).masked_fill(probs == 0, 0.0)
-        return probs * (gap - (probs * gap).sum(-1, keepdim=True))
+        grad = probs * (gap - (probs * gap).sum(-1, keepdim=True)) * of_divergence
+        return grad if of_logps is None else _add_of_label(grad, probs, labels[rows].unsqueeze(1), of_logps)
 
     outputs = _OfLogits.apply(  # type: ignore[no-untyped-call]
         hidden,
@@ -292,8 +296,8 @@ def extrapolated_divergence(
 @dataclass(frozen=True)
 class StratifiedOutput:
     """
-    What `stratified_divergence` returns; every field is `(N,)` float32, in nats but for the last, and only the first
-    has a gradient.
+    What `stratified_divergence` returns; every field is `(N,)` float32, in nats but for the last, and the first two
+    have a gradient.
 
     Args:
         divergence (`torch.Tensor`): Estimate of KL(π ‖ q_λ), whose gradient is the estimator.
@@ -302,6 +306,7 @@ class StratifiedOutput:
         reference_logps (`torch.Tensor` or `None`): The same under the reference, when there is one.
         entropy (`torch.Tensor`): Entropy of the student, exact.
         reverse_kl (`torch.Tensor`): Unbiased estimate of KL(π ‖ π*).
+        expected_advantage (`torch.Tensor`): Unbiased estimate Ê[A].
         coverage (`torch.Tensor`): Probability of S under the student, 0 to 1.
     """
 
@@ -311,6 +316,7 @@ class StratifiedOutput:
     reference_logps: Tensor | None
     entropy: Tensor
     reverse_kl: Tensor
+    expected_advantage: Tensor
     coverage: Tensor
 
 
@@ -452,16 +458,18 @@ def stratified_divergence(
             None if reference is None else reference[:, -1],
             -expectation(student.exp(), student),
             estimate((own - teacher).masked_fill(own.isneginf(), 0.0)).squeeze(1),
+            mean.squeeze(1),
             own[:, :-2].exp().sum(-1),
         )
 
-    def gradient(rows: slice, logits: Tensor) -> Tensor:
+    def gradient(rows: slice, logits: Tensor, of_divergence: Tensor, of_logps: Tensor | None) -> Tensor:
         address, barrier, mean_above_rest, above_rest, spike = kept[rows.start]
         stratum, label = address[:, :-1], address[:, -1:]
         probs = logits.scatter_add(1, stratum, barrier).softmax(-1)
         grad = probs * mean_above_rest
         grad.scatter_add_(1, stratum, -probs.gather(1, stratum) * above_rest)
-        return grad.scatter_add_(1, label, -spike)
+        grad = grad.scatter_add_(1, label, -spike) * of_divergence
+        return grad if of_logps is None else _add_of_label(grad, probs, labels[rows].unsqueeze(1), of_logps)
 
     outputs = _OfLogits.apply(  # type: ignore[no-untyped-call]
         hidden,
@@ -537,8 +545,9 @@ def _with_rest(logps: Tensor, known: Tensor) -> Tensor:
 
 class _OfLogits(torch.autograd.Function):
     # Per-token values of the student's tempered logits, which exist for one chunk of tokens at a time:
-    #   values(rows, logits)    a tuple of (n,) tensors or None, of which the first has a gradient,
-    #   gradient(rows, logits)  that gradient (n, V') with respect to the first V' logits, in the backward pass.
+    #   values(rows, logits)            a tuple of (n,) tensors or None, of which the first two have a gradient,
+    #   gradient(rows, logits, *grads)  (n, V') with respect to the first V' logits, in the backward pass, where grads
+    #                                   are (n, 1), those of the first two values; the second may be None.
 
     @staticmethod
     @no_type_check
@@ -552,15 +561,18 @@ class _OfLogits(torch.autograd.Function):
         outputs = tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True))
         if not chunks:  # no token: zeros of length 0 that still hang in the graph
             outputs = tuple(hidden.new_zeros(0, dtype=torch.float32) for _ in range(num_values))
-        ctx.mark_non_differentiable(*[output for output in outputs[1:] if output is not None])
+        ctx.mark_non_differentiable(*[output for output in outputs[2:] if output is not None])
+        ctx.set_materialize_grads(False)  # who has no use for that of the labels does not pay for it
         return outputs
 
     @staticmethod
     @no_type_check
-    def backward(ctx, grad_output, *_):
+    def backward(ctx, grad_output, grad_logps, *_):
         hidden, weight, bias = ctx.saved_tensors
         gradient, transform, chunk_size, gather = ctx.args
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        if grad_output is None:
+            grad_output = torch.zeros(len(hidden), device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         with gather(), _no_autocast(hidden):
             head = _head_like(hidden, weight, bias)
@@ -569,7 +581,8 @@ class _OfLogits(torch.autograd.Function):
             grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
             for rows in chunk_slices(len(hidden), chunk_size):
                 logits = transform(F.linear(hidden[rows], *head))
-                grad = gradient(rows, logits) * grad_output[rows].float().unsqueeze(1)
+                of_logps = None if grad_logps is None else grad_logps[rows].float().unsqueeze(1)
+                grad = gradient(rows, logits, grad_output[rows].float().unsqueeze(1), of_logps)
                 shared = grad.size(-1)
                 raw = transform.backward(grad, logits[:, :shared]).to(hidden.dtype)
                 if grad_hidden is not None:
@@ -586,6 +599,14 @@ class _OfLogits(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
+def _add_of_label(grad: Tensor, probs: Tensor, label: Tensor, of_logps: Tensor) -> Tensor:
+    """Adds ∂ log π_y/∂z = 1{v = y} − π_v, times its factor `(n, 1)`; nothing where the student cannot have y."""
+    inside = label < probs.size(1)
+    address = label.masked_fill(~inside, 0)
+    factor = torch.where(inside & (probs.gather(1, address) > 0), of_logps, 0.0)
+    return (grad - probs * factor).scatter_add_(1, address, factor)
+
+
 def _no_autocast(hidden: Tensor) -> AbstractContextManager[Any]:
     # The backward pass runs outside autocast, so the dtypes are written out in both.
     return torch.autocast(hidden.device.type, enabled=False)
@@ -598,19 +619,22 @@ def _head_like(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Ten
 
 def _log_probs(
     student: Tensor, teacher: Tensor, reference: Tensor | None, gopd_lambda: float | Tensor, clip: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Log-probabilities `(n, V)` of student, q_λ, teacher and reference over the ids that all of them have."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float | Tensor]:
+    """
+    Log-probabilities `(n, V)` of student, q_λ, teacher and reference over the ids that all of them have, and log Z_λ.
+    """
     shared = min(x.size(-1) for x in (student, teacher, reference) if x is not None)
     log_s = student[:, :shared].log_softmax(-1)
     log_t = teacher[:, :shared].float().log_softmax(-1)
     log_r = None if reference is None else reference[:, :shared].float().log_softmax(-1)
     if lambda_is_one(gopd_lambda):
-        return log_s, log_t, log_t, log_r
+        return log_s, log_t, log_t, log_r, 0.0
     if log_r is None:
         raise ValueError(f"`gopd_lambda={gopd_lambda}` needs the logits of a reference, got None. Pass it, or use 1.")
     rewards = implicit_rewards(teacher_logps=log_t, reference_logps=log_r, extrapolation_clip=clip)
-    log_q = (log_t + (per_token(gopd_lambda, log_t) - 1) * rewards).log_softmax(-1)
-    return log_s, log_q, log_t, log_r
+    log_q = log_t + (per_token(gopd_lambda, log_t) - 1) * rewards
+    log_z = log_q.logsumexp(-1, keepdim=True)
+    return log_s, log_q - log_z, log_t, log_r, log_z.squeeze(-1)
 
 
 def expectation(probs: Tensor, values: Tensor) -> Tensor:

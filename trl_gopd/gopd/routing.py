@@ -203,6 +203,16 @@ class Panel:
             result[rows[:count]] = logps[:count]
         return result
 
+    def score_top(
+        self, owners: Tensor, input_ids: Tensor, attention_mask: Tensor, completion_ids: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`ServedScorer.score_top` of rows that belong to models on servers; arguments as for `score`."""
+        groups = list(self._groups(owners))
+        parts = [s.score_top(input_ids[rows], attention_mask[rows], completion_ids[rows]) for s, rows, _ in groups]
+        back = torch.cat([rows for _, rows, _ in groups]).argsort()
+        logps, ids, top_logps = (torch.cat(part)[back] for part in zip(*parts, strict=True))
+        return logps, ids, top_logps
+
     def targets(
         self, owners: Tensor, input_ids: Tensor, attention_mask: Tensor, tokens: Tensor
     ) -> Callable[[slice], Tensor]:

@@ -32,7 +32,8 @@ ROUNDING = 4 * 256 * torch.finfo(torch.float32).eps
 PROBE = [11, 2, 7, 14, 5, 5, 12, 0, 9, 3, 15, 8, 1, 13, 4, 10]
 ADVICE = (
     "The server has to be vLLM's, with log-probabilities and not logits as its `--logprobs-mode`, and its model must "
-    "have the student's token ids and room for the prompt, the completion and one token more."
+    "have the student's token ids and room for the prompt, the completion and one token more. For 'stratified' its "
+    "`--max-logprobs`, 20 by default, has to be at least `gopd_top_k`."
 )
 
 
@@ -57,6 +58,8 @@ class ServedScorer(Scorer):
             Rows a request.
         timeout (`float`):
             Seconds without an answer after which a request has failed.
+        top_k (`int`, *optional*, defaults to `1`):
+            How many of the likeliest ids the server is asked for, beside the sampled one.
 
     Raises:
         `ConnectionError`, `TimeoutError`: If the server cannot be reached, or does not answer.
@@ -64,10 +67,10 @@ class ServedScorer(Scorer):
         `ValueError`: If it has no model of that name, or ignores the temperature.
     """
 
-    def __init__(self, url: str, *, temperature: float, role: str, batch_size: int, timeout: float):
+    def __init__(self, url: str, *, temperature: float, role: str, batch_size: int, timeout: float, top_k: int = 1):
         address, _, name = url.partition("#")
         self.url = address.rstrip("/").removesuffix("/v1")
-        self.temperature, self.batch_size, self.timeout = temperature, batch_size, timeout
+        self.temperature, self.batch_size, self.timeout, self.top_k = temperature, batch_size, timeout, top_k
         cards = {card["id"]: card for card in self._ask("/v1/models", "data")}
         if not cards or name and name not in cards:
             raise ValueError(
@@ -97,6 +100,47 @@ class ServedScorer(Scorer):
         Log-probabilities `(B, T)` in float32 nats of `completion_ids`, the last `T` columns of `input_ids`; 0 where
         `attention_mask` is 0.
         """
+        is_scored, tokens, answers = self._ask_for(input_ids, attention_mask, completion_ids)
+        logps = torch.zeros(completion_ids.shape, dtype=torch.float32, device=completion_ids.device)
+        logps[is_scored] = logps.new_tensor([by_id[token] for token, by_id in zip(tokens, answers, strict=True)])
+        return logps
+
+    def score_top(
+        self, input_ids: Tensor, attention_mask: Tensor, completion_ids: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Log-probabilities of `completion_ids`, and the `top_k` likeliest ids of each state with theirs.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: `(B, T)` as from `score`, ids `(B, T, top_k)` in int64,
+            distinct where `attention_mask` is 1, and `(B, T, top_k)` in float32 nats.
+        """
+        is_scored, tokens, answers = self._ask_for(input_ids, attention_mask, completion_ids)
+        # The server adds the sampled id to the likeliest ones, if it is not among them: which ids are taken must not
+        # depend on what was sampled.
+        tops = [
+            {key: value for key, value in by_id.items() if len(by_id) == self.top_k or key != token}
+            for token, by_id in zip(tokens, answers, strict=True)
+        ]
+        for top in tops:
+            if len(top) != self.top_k:
+                raise RuntimeError(f"{self.url} answered with {len(top)} ids instead of {self.top_k}. {ADVICE}")
+        logps = torch.zeros(completion_ids.shape, dtype=torch.float32, device=completion_ids.device)
+        top_ids = torch.zeros(*logps.shape, self.top_k, dtype=torch.long, device=logps.device)
+        top_logps = logps.new_zeros(top_ids.shape)
+        logps[is_scored] = logps.new_tensor([by_id[token] for token, by_id in zip(tokens, answers, strict=True)])
+        if tops:
+            top_ids[is_scored] = top_ids.new_tensor([list(top) for top in tops])
+            top_logps[is_scored] = logps.new_tensor([list(top.values()) for top in tops])
+        return logps, top_ids, top_logps
+
+    def _ask_for(
+        self, input_ids: Tensor, attention_mask: Tensor, completion_ids: Tensor
+    ) -> tuple[Tensor, list[int], list[dict[int, float]]]:
+        """
+        Which of the last `T` tokens are scored `(B, T)`; those tokens, row by row; and for each log-probabilities by
+        id.
+        """
         seen = attention_mask.bool()
         is_scored = seen[:, seen.size(1) - completion_ids.size(1) :]
         sequences = [ids[mask].tolist() for ids, mask in zip(input_ids, seen, strict=True)]
@@ -106,19 +150,17 @@ class ServedScorer(Scorer):
         def ask(start: int) -> list[list[dict[int, float]]]:
             part = rows[start : start + self.batch_size]
             return self._distributions(
-                [sequences[row] for row in part], [counts[row] for row in part], part, temperature=self.temperature
+                [sequences[row] for row in part],
+                [counts[row] for row in part],
+                part,
+                temperature=self.temperature,
+                top=self.top_k,
             )
 
         with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
             answers = [row for part in pool.map(ask, range(0, len(rows), self.batch_size)) for row in part]
-        values = [
-            by_id[token]
-            for row, answer in zip(rows, answers, strict=True)
-            for token, by_id in zip(sequences[row][-counts[row] :], answer, strict=True)
-        ]
-        logps = torch.zeros(completion_ids.shape, dtype=torch.float32, device=completion_ids.device)
-        logps[is_scored] = logps.new_tensor(values)  # row by row, as they were asked for
-        return logps
+        tokens = [token for row in rows for token in sequences[row][-counts[row] :]]
+        return is_scored, tokens, [by_id for answer in answers for by_id in answer]
 
     def _check_temperature(self, role: str) -> None:
         """
@@ -144,7 +186,8 @@ class ServedScorer(Scorer):
             )
 
     def _probe(self, temperature: float) -> list[dict[int, float]]:
-        return self._distributions([PROBE], [len(PROBE) - 1], [0], temperature=temperature, top=2)[0]
+        top = max(2, self.top_k)
+        return self._distributions([PROBE], [len(PROBE) - 1], [0], temperature=temperature, top=top)[0]
 
     def _distributions(
         self,
@@ -153,7 +196,7 @@ class ServedScorer(Scorer):
         rows: Sequence[int],
         *,
         temperature: float,
-        top: int = 1,
+        top: int,
     ) -> list[list[dict[int, float]]]:
         """
         Log-probabilities by token id at the last `count` positions of every sequence: of its own token and of the

@@ -212,12 +212,7 @@ class GOPDTrainer(GRPOTrainer):
                 "`reward_funcs` act on the log-probabilities of the sampled tokens, which "
                 f"`gopd_estimator={args.gopd_estimator!r}` does not train. Use 'sampled'."
             )
-        for url in filter(is_url, self._routing.given):
-            if args.gopd_estimator != "sampled":
-                raise ValueError(
-                    f"`gopd_estimator={args.gopd_estimator!r}` needs more of the vocabulary than the sampled tokens, "
-                    f"which are all that {url} can score. Use 'sampled', or give the model by its name."
-                )
+        self._asks_top = self._check_served(args)
         if ref_model is not None and not self._routing.uses_reference:
             warnings.warn(
                 "`ref_model` is not loaded: with `gopd_lambda=1` it cancels out of the objective.", stacklevel=2
@@ -301,6 +296,26 @@ class GOPDTrainer(GRPOTrainer):
         set_seed(args.seed, device_specific=True)
 
     # Frozen models
+
+    def _check_served(self, args: GOPDConfig) -> bool:
+        """Whether the ids of "stratified" are those that servers find likeliest; raises for what none can answer."""
+        if args.gopd_estimator == "sampled":
+            return False
+        given = list(self._routing.teachers.values())
+        references = self._routing.references.values() if self._routing.uses_reference else ()
+        for url in filter(is_url, [*references, *(given if args.gopd_estimator == "full" else ())]):
+            raise ValueError(
+                f"`gopd_estimator={args.gopd_estimator!r}` needs log-probabilities of ids that {url} cannot be asked "
+                "for: a server tells those of the sampled tokens and of its own likeliest ids. Use 'sampled', or "
+                "'stratified' with served teachers and a reference that is here, or give the model by its name."
+            )
+        teacher_urls = [is_url(teacher) for teacher in given]
+        if any(teacher_urls) and not all(teacher_urls):
+            raise ValueError(
+                "`gopd_estimator='stratified'` takes its ids either from the servers of all teachers or from the "
+                "student, got teachers of both kinds. Serve all of them, or use 'sampled'."
+            )
+        return any(teacher_urls)
 
     def _student_start(self, model, args: GOPDConfig, peft_config) -> "str | nn.Module | None":
         """The default reference: a path or a model to freeze, or `None` when an adapter is switched instead."""
@@ -386,6 +401,7 @@ class GOPDTrainer(GRPOTrainer):
             role=label,
             batch_size=self.args.per_device_train_batch_size,
             timeout=self.args.served_teacher_timeout,
+            top_k=self.args.gopd_top_k if self._asks_top else 1,
         )
         teachers.check_vocabulary(self._tokenizer, scorer.source, role=label)
         return scorer
@@ -508,21 +524,30 @@ class GOPDTrainer(GRPOTrainer):
             )
         )
         self._observe_completions(output)
-        if self.args.gopd_estimator == "sampled" or self.args.log_completions:
-            scores = self._score(output)
-            if self.args.log_completions and not self._has_rewards:
-                self._log_row_advantages(output, scores)
-            if self.args.gopd_estimator == "sampled":
-                output.update(scores)
+        scores = self._score(output)
+        if self.args.log_completions and not self._has_rewards:
+            self._log_row_advantages(output, scores)
+        if self.args.gopd_estimator == "sampled" or self._asks_top:
+            output.update(scores)
         if not self._has_rewards:
             self._drop_null_reward()
         return output
 
     def _score(self, output) -> dict[str, Tensor]:
-        """Log-probabilities `(B, T)` of the completions under teachers and, if they are used, references."""
+        """
+        Log-probabilities `(B, T)` of the completions under teachers and, if they are used, references; only those that
+        are needed before the loss, where other estimators than "sampled" get what they need.
+        """
         owners, completion_ids = output["teacher_index"], output["completion_ids"]
-        scores = {"teacher_logps": self._teacher_panel.score(owners, *_read_by_teacher(output), completion_ids)}
-        if self._reference_panel is not None:
+        is_needed = self.args.gopd_estimator == "sampled" or self.args.log_completions
+        scores: dict[str, Tensor] = {}
+        if self._asks_top:
+            names = ("teacher_logps", "teacher_top_ids", "teacher_top_logps")
+            top = self._teacher_panel.score_top(owners, *_read_by_teacher(output), completion_ids)
+            scores.update(zip(names, top, strict=True))
+        elif is_needed:
+            scores["teacher_logps"] = self._teacher_panel.score(owners, *_read_by_teacher(output), completion_ids)
+        if is_needed and self._reference_panel is not None:
             scores["reference_logps"] = self._reference_panel.score(owners, *_read_by_student(output), completion_ids)
         if self._caches:
             self._log_cache_hits()
@@ -714,15 +739,26 @@ class GOPDTrainer(GRPOTrainer):
         """
         What the inherited loss asks for, with the divergence as a negated advantage that carries the gradient: the
         log-probabilities are detached, so ratio × advantage is the divergence alone.
+
+        With a discount γ, what comes after a token is credited to it by its score, γ·G_{t+1}·∇ log π(y_t), as in
+        `discounted_advantages`, but of expected advantages: they are what an exact baseline would leave of sampled
+        ones.
         """
         tokens = mask.bool()
         owners = inputs["teacher_index"]
-        teacher_logits = self._teacher_panel.targets(owners, *_read_by_teacher(inputs), tokens)
-        reference_logits, heads = None, self._teacher_panel.heads
+        reference_logits = served = top_ids = None
+        heads: list[nn.Module] = []
+        if self._asks_top:
+            top_ids = inputs["teacher_top_ids"][tokens]
+            served = torch.cat([inputs["teacher_top_logps"], inputs["teacher_logps"].unsqueeze(-1)], -1)[tokens]
+        else:
+            teacher_logits = self._teacher_panel.targets(owners, *_read_by_teacher(inputs), tokens)
+            heads += self._teacher_panel.heads
         if self._reference_panel is not None:
             reference_logits = self._reference_panel.targets(owners, input_ids, attention_mask, tokens)
-            heads = heads + self._reference_panel.heads
+            heads += self._reference_panel.heads
         lambdas = self._lambdas(inputs)
+        weights = inputs.get("importance_weights")
         options = {
             "labels": inputs["completion_ids"][tokens],
             "gopd_lambda": lambdas.expand(mask.shape)[tokens],
@@ -736,10 +772,13 @@ class GOPDTrainer(GRPOTrainer):
             return teacher_logits(rows), None if reference_logits is None else reference_logits(rows)
 
         def target_logps(rows: slice, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-            teacher, reference = target_logits(rows)
+            reference = None if reference_logits is None else log_probs_at(reference_logits(rows), ids)
+            if served is not None:
+                return served[rows], reference
+            teacher = teacher_logits(rows)
             count = min(ids.size(1) - 1, teacher.size(1))
             overlaps.append(topk_overlap(ids[:, :count], teacher.topk(count).indices))
-            return log_probs_at(teacher, ids), None if reference is None else log_probs_at(reference, ids)
+            return log_probs_at(teacher, ids), reference
 
         def divergence(hidden: Tensor, head: nn.Module) -> tuple[Tensor | None, ...]:
             weight, bias = head.weight, head.bias
@@ -748,22 +787,26 @@ class GOPDTrainer(GRPOTrainer):
             whole = list(dict.fromkeys([head, *heads]))  # the student's own may be there twice
             arguments = (hidden[:, -num_tokens - 1 : -1][tokens], weight, bias)
             options["gather"] = lambda: gather_heads(*whole)
-            others = ()
+            others: tuple[Tensor, ...] = ()
             if self.args.gopd_estimator == "full":
                 output = extrapolated_divergence(*arguments, target_logits=target_logits, **options)
             else:
-                weights = inputs.get("importance_weights")
                 output = stratified_divergence(
                     *arguments,
                     target_logps=target_logps,
-                    top_k=self.args.gopd_top_k,
                     importance_weights=None if weights is None else weights.expand(mask.shape)[tokens],
+                    top_k=None if self._asks_top else self.args.gopd_top_k,
+                    ids=top_ids,
                     **options,
                 )
-                others = (output.coverage, torch.cat([output.coverage.new_zeros(0), *overlaps]))
+                others = (output.coverage,)
+                if served is None:
+                    others += (torch.cat([output.coverage.new_zeros(0), *overlaps]),)
             return (
                 output.divergence,
-                output.student_logps,
+                # a gradient that nobody asks for may leave the hooks of a sharded student waiting
+                output.student_logps if self.args.gopd_discount else output.student_logps.detach(),
+                output.expected_advantage,
                 output.teacher_logps,
                 None if reference_logits is None else output.reference_logps,
                 output.entropy,
@@ -778,11 +821,20 @@ class GOPDTrainer(GRPOTrainer):
                 return None
             return value.new_zeros(mask.shape).masked_scatter(tokens, value)
 
-        divergences, student_logps, teacher_logps, reference_logps, entropy, reverse_kl, *others = map(scatter, values)
-        inputs["advantages"] = self._weighted(inputs, -divergences)
+        divergences, student_logps, expected, *values = map(scatter, values)
+        teacher_logps, reference_logps, entropy, reverse_kl, *others = values
+        known = mask * ~(teacher_logps.isneginf() | student_logps.isneginf())
+        student_logps = student_logps.masked_fill(student_logps.isneginf(), 0.0)
+        advantages = -divergences
+        if self.args.gopd_discount:
+            later = discounted_advantages(expected, mask, self.args.gopd_discount) - expected
+            later = later * known if weights is None else later * known * weights
+            advantages = advantages + later * (student_logps - student_logps.detach())
+        student_logps = student_logps.detach()
+        inputs["advantages"] = self._weighted(inputs, advantages)
         self._observe(
             inputs,
-            mask * ~(teacher_logps.isneginf() | student_logps.isneginf()),
+            known,
             mask=mask,
             student_logps=student_logps,
             teacher_logps=teacher_logps,
@@ -792,7 +844,7 @@ class GOPDTrainer(GRPOTrainer):
             lambdas=lambdas,
             **dict(zip(("top_k_coverage", "top_k_overlap"), others, strict=False)),
         )
-        return student_logps.masked_fill(student_logps.isneginf(), 0.0).detach(), entropy, None
+        return student_logps, entropy, None
 
     # Metrics
 
