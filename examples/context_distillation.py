@@ -61,7 +61,7 @@ def draw(gaps: list[float], path: Path) -> None:
     axes.plot(range(1, len(gaps) + 1), gaps, ".", color="C0", alpha=0.5, label="a step")
     axes.plot(range(1, len(gaps) + 1), smooth, color="C0", label=f"mean of {window} steps")
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(xlabel="step", ylabel="KL to the teacher that reads the solution, nats a token")
+    axes.set(xlabel="step", ylabel="KL to the teacher, nats a token", title="The teacher reads the solution")
     axes.legend()
     figure.savefig(path, dpi=150)
 
@@ -104,7 +104,8 @@ def main() -> None:
         trainer.train()
 
     gaps = [entry["gopd/reverse_kl"] for entry in trainer.state.log_history if "gopd/reverse_kl" in entry]
-    result = {"gopd_lambda": options.gopd_lambda, "seed": options.seed, "gap": gaps}
+    settings = {name: getattr(options, name) for name in ("gopd_lambda", "max_completion_length", "seed")}
+    result = {"settings": settings, "gap": gaps}
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.figure:

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 
@@ -98,3 +99,11 @@ def test_readme_quotes_the_committed_merging():
     text = " ".join(plain("README.md").split())
     for row in quoted:
         assert with_error(abs(row["gain_over_teacher"]), row["gain_standard_error"]) in text
+
+
+def test_documented_context_distillation_is_the_committed_curve():
+    gaps = json.loads((ROOT / "docs/results/context_distillation.json").read_text())["gap"]
+    assert len(gaps) == 50
+    text = " ".join(plain("docs/gopd.md").split())
+    first, last = (with_error(mean(part), stdev(part) / len(part) ** 0.5) for part in (gaps[:10], gaps[-10:]))
+    assert f"falls from {first} in the first ten steps to {last} in the last ten" in text
