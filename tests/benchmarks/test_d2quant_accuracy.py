@@ -70,6 +70,16 @@ def test_documented_claims():
         assert rival is None or ours["perplexity"] < rival["perplexity"]
 
 
+def test_readme_quotes_the_result():
+    result = json.loads((DOCS / "results" / "d2quant_accuracy.json").read_text())
+    quoted = {row["row"]: row for row in result["summary"] if row["bits"] == 2}
+    text = " ".join((DOCS.parent / "README.md").read_text().split())
+    for name in (benchmark.OURS, benchmark.AUTOROUND, benchmark.BASELINE):
+        row = quoted[name]
+        assert f"{row['perplexity']:.1f} ± {row['perplexity_standard_error']:.1f}" in text
+    assert f"and {result['rows'][0]['perplexity_original']:.1f} in full precision" in text
+
+
 def test_only_missing_rows_are_run(tmp_path, monkeypatch):
     out, asked = tmp_path / "out.json", []
 
