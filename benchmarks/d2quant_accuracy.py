@@ -194,11 +194,18 @@ def draw(rows: list[dict], path: Path) -> None:
         group = [row for row in rows if row["bits"] == bits]
         names = list(dict.fromkeys(row["row"] for row in group))
         names.sort(key=lambda name: -statistics.mean(row["perplexity"] for row in group if row["row"] == name))
+        right = 1.5 * max(row["perplexity"] for row in group if row["row"] in (BASELINE, OURS))
         for row in group:
             color = {OURS: "C1", AUTOROUND: "C2"}.get(row["row"], "C0")
-            panel.plot(row["perplexity"], names.index(row["row"]), "o", color=color, alpha=0.8)
+            beyond = row["perplexity"] > right  # rounding to nearest is, by orders of magnitude
+            place = min(row["perplexity"], right), names.index(row["row"])
+            panel.plot(*place, ">" if beyond else "o", color=color, alpha=0.8, clip_on=False)
+            if beyond:
+                panel.annotate(f"{row['perplexity']:,.0f}", place, (-8, -3), textcoords="offset points", ha="right")
         panel.axvline(group[0]["perplexity_original"], color="black", linestyle=":", linewidth=1)
-        panel.set(xscale="log", yticks=range(len(names)), yticklabels=names)
+        panel.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4))
+        if any(row["perplexity"] > right for row in group):
+            panel.set_xlim(right=right)
         panel.set_title(f"{bits} bits; dotted: full precision", fontsize="medium")
         panel.grid(axis="y", linewidth=0.3)
     panels[-1].set_xlabel("perplexity")
