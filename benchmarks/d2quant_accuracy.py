@@ -27,6 +27,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from trl_gopd.files import written_whole
+
 
 GROUP_SIZE = 64
 SAMPLES = 16
@@ -267,9 +269,9 @@ def main(argv: list[str] | None = None) -> None:
         run = subprocess.run([sys.executable, __file__, *one], stdout=subprocess.PIPE, text=True, check=True)
         rows.append({**json.loads(run.stdout.splitlines()[-1]), "threads": args.threads, "commit": commit()})
         rows.sort(key=lambda row: (row["bits"], [*ROWS, AUTOROUND].index(row["row"]), row["seed"]))
-        part = args.json.with_name(f".{args.json.name}.part")
-        part.write_text(json.dumps({**environment(argv), "summary": summarize(rows), "rows": rows}, indent=1) + "\n")
-        part.replace(args.json)
+        with written_whole(args.json) as part:
+            result = {**environment(argv), "summary": summarize(rows), "rows": rows}
+            part.write_text(json.dumps(result, indent=1) + "\n")
     print(table(summarize(rows)))
     if args.figure:
         draw(rows, args.figure)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from trl_gopd.demo import arithmetic, distill, results
+from trl_gopd.demo import arithmetic, distill
 
 
 def row(seed, model, accuracy, **kwargs):
@@ -72,11 +72,9 @@ def test_contract_of_the_json(tmp_path):
     result = distill.run(
         seeds=1, output_dir=tmp_path, lambdas=(1.0, 1.25), estimators=("full",), settings=settings, workers=2
     )
-    path = tmp_path / "out.json"
-    results.write_json(result, path)
     distill.draw(result, tmp_path / "figure.png")
     distill.print_table(result)
-    again = json.loads(path.read_text())
+    again = json.loads(json.dumps(result))
     keys = {"seed", "model", "lambda", "estimator", "reference", "accuracy", "n", "kl_to_teacher", "length"}
     assert all(set(r) == keys for r in again["rows"])
     models = [(r["model"], r["lambda"], r["estimator"], r["reference"]) for r in again["rows"]]
@@ -91,4 +89,4 @@ def test_contract_of_the_json(tmp_path):
         ("small_student", 1.25, "sampled", "teacher_base"),
     ]
     assert len(again["summary"]) == 8 and again["settings"]["base_steps"] == 2
-    assert not list(tmp_path.glob("*.partial")) and (tmp_path / "figure.png").stat().st_size > 0
+    assert (tmp_path / "figure.png").stat().st_size > 0

@@ -2,9 +2,11 @@
 
 import argparse
 import importlib
+import json
 from pathlib import Path
 from types import ModuleType
 
+from ..files import written_whole
 from .arguments import at_least, reward_scale
 
 
@@ -67,10 +69,9 @@ def _quantize(args: argparse.Namespace, json_path: Path) -> None:
 
 
 def _show(scene: ModuleType, result: dict, args: argparse.Namespace, json_path: Path) -> None:
-    from trl_gopd.demo.results import write_json
-
     figure = args.output_dir / f"{args.scene}.png"
-    write_json(result, json_path)
+    with written_whole(json_path) as part:
+        part.write_text(json.dumps(result, indent=1) + "\n")
     scene.draw(result, figure)
     scene.print_table(result)
     print(f"{result['seconds']:.0f} s; wrote {json_path} and {figure}")

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from ..files import written_whole
 from .arguments import DTYPES, at_least, torch_device
 
 
@@ -176,6 +177,5 @@ def _write_json(args, arguments: list[str], device, windows, measured: dict[str,
         "versions": {**versions, "python": platform.python_version()},
         **{name: value and asdict(value) for name, value in measured.items()},
     }
-    partial = args.json.with_name(args.json.name + ".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(args.json)
+    with written_whole(args.json) as part:
+        part.write_text(json.dumps(result, indent=1) + "\n")

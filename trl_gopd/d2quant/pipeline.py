@@ -41,6 +41,7 @@ from trl_gopd.d2quant.rounding import RoundingResult, round_weight
 from trl_gopd.d2quant.topology import Block, Topology, find_topology
 from trl_gopd.d2quant.tuning import tune
 from trl_gopd.evaluation.resources import return_freed_memory
+from trl_gopd.files import written_whole
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,11 @@ class Report:
     def save(self, path: str | os.PathLike) -> None:
         """Writes the report as JSON, or as a figure if `path` ends in .png, .svg or .pdf (needs matplotlib)."""
         path = Path(path)
-        part = path.with_name(f".{path.name}.part{path.suffix}")
-        if path.suffix in (".png", ".svg", ".pdf"):
-            _draw(self, part)
-        else:
-            part.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        part.replace(path)
+        with written_whole(path) as part:
+            if path.suffix in (".png", ".svg", ".pdf"):
+                _draw(self, part)
+            else:
+                part.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
 @torch.no_grad()
@@ -600,10 +600,9 @@ class _WorkDir:
         return f"block-{number:04d}.safetensors"
 
     def _write(self, name: str, tensors: dict[str, Tensor], **facts: Any) -> None:
-        part = self.path / f".{name}.part"
         metadata = {"run": self.fingerprint, "facts": json.dumps(facts)}
-        save_file(tensors, part, metadata=metadata)
-        part.replace(self.path / name)
+        with written_whole(self.path / name) as part:
+            save_file(tensors, part, metadata=metadata)
 
     def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         try:

@@ -1,12 +1,10 @@
 """The result of a scene: its rows, one for each model judged, their means over seeds, and the file that holds them."""
 
-import json
 import math
 import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -77,10 +75,3 @@ def report(*, settings: dict[str, Any], start: float, rows: list[dict], summary:
 def with_error(value: float, standard_error: float, *, signed: bool = False) -> str:
     """A mean and its standard error, as tables show them."""
     return f"{value:{'+' if signed else ''}.3f} ± {standard_error:.3f}"
-
-
-def write_json(result: dict, path: Path) -> None:
-    """Writes to a temporary sibling first, so that a half-written file never has the name."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(path)

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from ..files import written_whole
+
 
 CLIPS = (1.0, 2.0, 5.0, 10.0)  # nats, candidates for `gopd_extrapolation_clip`
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -133,12 +135,11 @@ class PreflightReport:
     def save(self, path: str | os.PathLike) -> None:
         """Writes the report as JSON, or as a figure if `path` ends in .png, .svg or .pdf (needs matplotlib)."""
         path = Path(path)
-        part = path.with_name(f".{path.name}.part{path.suffix}")
-        if path.suffix in FIGURES:
-            _draw(self, part)
-        else:
-            part.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-        part.replace(path)
+        with written_whole(path) as part:
+            if path.suffix in FIGURES:
+                _draw(self, part)
+            else:
+                part.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
 
 def recommend(

@@ -19,13 +19,6 @@ def is_same_identity(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return all(one.get(name) == other.get(name) for name in compared)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file aside and renames it, so that it is never there by half."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
 def read_state(path: Path, models: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     """
     What a run saved beside its checkpoint, `None` if that is not there.

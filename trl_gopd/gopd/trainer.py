@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from transformers.utils import is_peft_available
 from trl import GRPOTrainer
 
+from ..files import written_whole
 from . import routing, teachers
 from ._trl import disable_gradient_checkpointing, gather_heads, get_config_model_id
 from .cache import CachedScorer
@@ -38,7 +39,7 @@ from .rollouts import stored_completions
 from .schedules import deviation_squares, gate_lambda
 from .scoring import logit_transform
 from .served import ServedScorer, is_url
-from .state import read_state, write_text
+from .state import read_state
 from .visualize import advantages_html
 
 
@@ -464,7 +465,8 @@ class GOPDTrainer(GRPOTrainer):
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             state = {**self._models, "lambda_schedule": self._schedule.state_dict()}
-            write_text(folder / STATE, json.dumps(state, indent=1) + "\n")
+            with written_whole(folder / STATE) as part:
+                part.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
     @functools.cached_property  # they never change, and checksums read every parameter
     def _models(self) -> dict:
@@ -612,7 +614,8 @@ class GOPDTrainer(GRPOTrainer):
         if self._token_rows:
             step = self.state.global_step
             path = Path(self.args.output_dir, "completions", f"advantages_{step:05d}.html")
-            write_text(path, advantages_html(self._token_rows, title=f"Advantages, step {step}"))
+            with written_whole(path) as part:
+                part.write_text(advantages_html(self._token_rows, title=f"Advantages, step {step}"), encoding="utf-8")
             self._token_rows = []
 
     def _drop_null_reward(self):
