@@ -37,8 +37,11 @@ class TestAlignment:
             return {"teacher_prompt": solved, "train_dataset": prompts}
         return {"train_dataset": prompts.add_column("teacher_prompt", [solved(row) for row in prompts])}
 
-    def test_scores_are_those_of_each_row_alone(self, make, models, tokenizer, options):
-        trainer = make(ref_model=str(models / "base"), per_device_train_batch_size=8, **options)
+    @pytest.mark.parametrize("multiple", [None, 8])
+    def test_scores_are_those_of_each_row_alone(self, make, models, tokenizer, options, multiple):
+        """Without padding, that is, however much of it the batch has on either side."""
+        padding = {"pad_to_multiple_of": multiple}
+        trainer = make(ref_model=str(models / "base"), per_device_train_batch_size=8, **padding, **options)
         trainer.train()
         seen = trainer.seen
         assert len(set(seen["teacher_prompt_mask"].sum(1).tolist())) > 2
