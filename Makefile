@@ -55,12 +55,12 @@ demo: $(STAMP)
 	@$(BIN)/trl-gopd demo distill --seeds 1 --output-dir demo_out
 	@echo "Merging two small experts into their base, one seed (a few minutes on a CPU)"
 	@$(BIN)/trl-gopd demo merge --seeds 1 --output-dir demo_out
-	@echo "Quantizing SmolLM2-135M-Instruct to 3 and 2 bits, and asking it questions (about ten minutes on two cores)"
+	@echo "Quantizing SmolLM2-135M-Instruct to 3 and 2 bits, and asking it questions (a quarter of an hour on two cores)"
 	@$(BIN)/trl-gopd demo quantize --output-dir demo_out
 
 # Tests that start process groups have a process of their own. Both halves always run, and either one failing fails.
 test: $(STAMP)
-	@echo "Running the tests (a few minutes on a CPU)"
+	@echo "Running the tests (eight minutes on two cores)"
 	@status=0; \
 	$(PYTEST) tests --ignore=tests/distributed || status=$$?; \
 	if [ -n "$(DISTRIBUTED_TESTS)" ]; then $(PYTEST) tests/distributed || status=$$?; fi; \
@@ -68,7 +68,7 @@ test: $(STAMP)
 
 # pytest's exit status 5 says that no test is marked slow, which is no failure here.
 slow: $(STAMP)
-	@echo "Running the tests marked slow (up to an hour on a CPU)"
+	@echo "Running the tests marked slow (ten minutes on two cores)"
 	@status=0; \
 	$(PYTEST) -m slow tests --ignore=tests/distributed || { code=$$?; [ $$code -eq 5 ] || status=$$code; }; \
 	if [ -n "$(DISTRIBUTED_TESTS)" ]; then \

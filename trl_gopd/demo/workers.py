@@ -1,5 +1,6 @@
 """Trainings side by side, each in a process with one thread: what the demo's models are too small to share."""
 
+import logging
 import multiprocessing
 import os
 import sys
@@ -40,12 +41,13 @@ def run_stages(stages: Mapping[str, Sequence[Callable[[], list[dict]]]], *, work
 def _start_worker() -> None:
     import torch
     from datasets import disable_progress_bars
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     torch.set_num_threads(1)
     disable_progress_bars()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel that nothing here uses
     warnings.simplefilter("ignore", FutureWarning)
     # The scene shows one bar and one table; what each short trainer prints at its end is left out.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
