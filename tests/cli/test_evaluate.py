@@ -161,10 +161,11 @@ class TestRefusals:
         assert "the tokenizer of" in message and "`tokenizer.save_pretrained` writes it" in message
 
     def test_unknown_reference(self, models, capsys):
+        message = refusal([models / "student", "--against", "nowhere/model"], capsys)
+        assert "the tokenizer of nowhere/model cannot be loaded" in message
+        assert "name a folder that holds one" in message
         message = refusal([models / "student", "--against", "/nowhere/model"], capsys)
-        assert (
-            "the tokenizer of /nowhere/model cannot be loaded" in message and "name a folder that holds one" in message
-        )
+        assert "--against /nowhere/model: the folder does not exist; name one that" in message
 
     def test_other_tokenizer(self, models, text, tmp_path, capsys):
         other = build_tokenizer(extra_tokens=("<|more|>",))  # which moves the ids of all letters

@@ -50,6 +50,14 @@ class TestQuantize:
         with torch.no_grad():
             assert model(torch.arange(8)[None]).logits.isfinite().all()
 
+    @pytest.mark.parametrize("name", ["/no/model", "./no_model", "a/b/c"])
+    def test_model_that_is_not_there(self, tmp_path, name, capsys):
+        told = refuse(capsys, name, "-o", tmp_path / "out")
+        assert f"MODEL {name}: the folder does not exist; name one that `save_pretrained` wrote, or a model of" in told
+
+    def test_folder_without_a_model(self, tmp_path, capsys):
+        assert "the folder has no config.json" in refuse(capsys, tmp_path, "-o", tmp_path / "out")
+
     def test_output_that_is_there(self, models, tmp_path, capsys):
         (tmp_path / "file").write_text("mine")
         assert "not empty; remove it or name another" in refuse(capsys, models / "student", "-o", tmp_path)

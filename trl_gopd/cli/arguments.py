@@ -1,7 +1,8 @@
 """What several sub-commands read from their command lines."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -27,6 +28,27 @@ def reward_scale(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"λ must be a finite number of at least 0, got {text!r}; try 1.25")
     return value
+
+
+def check_models(parser: argparse.ArgumentParser, models: Mapping[str, str | None]) -> None:
+    """Ends with an error if a model, by the option that names it, is a path without a model."""
+    for option, given in models.items():
+        if given is None:
+            continue
+        path = Path(given)
+        is_path = path.exists() or path.is_absolute() or given.startswith(".") or given.count("/") > 1
+        if is_path and not any((path / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
+            state = "has no config.json" if path.is_dir() else "does not exist"
+            parser.error(
+                f"{option} {given}: the folder {state}; name one that `save_pretrained` wrote, or a model of the Hub"
+            )
+
+
+def check_folders(parser: argparse.ArgumentParser, outputs: Mapping[str, Path | None]) -> None:
+    """Ends with an error if the folder that an output goes to, by its option, does not exist."""
+    for option, path in outputs.items():
+        if path and not path.absolute().parent.is_dir():
+            parser.error(f"{option} {path}: the folder {path.parent} does not exist; make it or name another")
 
 
 def torch_device(parser: argparse.ArgumentParser, name: str | None) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..files import written_whole
-from .arguments import at_least, reward_scale
+from .arguments import at_least, check_folders, reward_scale
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,8 +39,7 @@ def main(arguments: list[str]) -> int:
     json_path = args.json or args.output_dir / f"{args.scene}.json"
     # before minutes of training, not after
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    if not json_path.parent.is_dir():
-        parser.error(f"--json {json_path}: the folder {json_path.parent} does not exist; make it or name another")
+    check_folders(parser, {"--json": json_path})
     scene = _quantize if args.scene == "quantize" else _train
     scene(args, json_path)
     return 0

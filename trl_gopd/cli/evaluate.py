@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import written_whole
-from .arguments import DTYPES, at_least, torch_device
+from .arguments import DTYPES, at_least, check_folders, check_models, torch_device
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,8 +65,8 @@ def _check_paths(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error(f"DIR: the folder {args.model} {state}; name one that `save_pretrained` wrote")
     if args.perplexity and not args.perplexity.is_file():
         parser.error(f"--perplexity {args.perplexity}: there is no such file; name a text, or leave the option out")
-    if args.json and not args.json.parent.is_dir():
-        parser.error(f"--json {args.json}: the folder {args.json.parent} does not exist; make it or name another")
+    check_models(parser, {"--against": args.against})
+    check_folders(parser, {"--json": args.json})
 
 
 def _windows(parser: argparse.ArgumentParser, args: argparse.Namespace):

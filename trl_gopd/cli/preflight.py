@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .arguments import DTYPES, at_least, reward_scale, torch_device
+from .arguments import DTYPES, at_least, check_folders, check_models, reward_scale, torch_device
 
 
 REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
@@ -120,9 +120,8 @@ def main(arguments: list[str]) -> int:
 def _check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.student is None and args.reference is None:
         parser.error("no reference: name one with --reference, or the student with --student, whose start it then is")
-    for option, path in (("--json", args.json), ("--figure", args.figure)):
-        if path and not path.absolute().parent.is_dir():
-            parser.error(f"{option} {path}: the folder {path.parent} does not exist; make it or name another")
+    check_models(parser, {f"--{role}": getattr(args, role) for role in ("teacher", "reference", "student")})
+    check_folders(parser, {"--json": args.json, "--figure": args.figure})
     if args.figure:
         if args.figure.suffix not in (".png", ".svg", ".pdf"):
             parser.error(f"--figure {args.figure}: must end in .png, .svg or .pdf")

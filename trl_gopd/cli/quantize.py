@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .arguments import DTYPES, torch_device
+from .arguments import DTYPES, check_folders, check_models, torch_device
 
 
 PRESETS = ("default", "paper", "release")
@@ -53,9 +53,8 @@ def main(arguments: list[str]) -> int:
     """Checks what can be checked without a model, quantizes, and saves."""
     parser = build_parser()
     args = parser.parse_args(arguments)
-    for option, path in (("--output-dir", args.output_dir), ("--json", args.json), ("--figure", args.figure)):
-        if path and not path.absolute().parent.is_dir():
-            parser.error(f"{option} {path}: the folder {path.parent} does not exist; make it or name another")
+    check_models(parser, {"MODEL": args.model})
+    check_folders(parser, {"--output-dir": args.output_dir, "--json": args.json, "--figure": args.figure})
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
         parser.error(f"--output-dir {args.output_dir}: is there already and not empty; remove it or name another")
 
