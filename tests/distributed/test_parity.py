@@ -227,6 +227,15 @@ def test_several_teachers_train_as_one_process(layout, estimator, models, tmp_pa
     assert ranks[0]["logs"][-1].keys() >= {"gopd/big/reverse_kl", "gopd/big/token_share"}
 
 
+@pytest.mark.parametrize(
+    "layout,estimator", [("ddp", "full"), ("zero3", "full"), ("zero3", "stratified"), ("fsdp2", "stratified")]
+)
+def test_discount_of_expected_advantages_trains_as_one_process(layout, estimator, models, tmp_path, single):
+    """A second part of the student's output then has a gradient."""
+    scenario = {"estimator": estimator, "gopd_discount": 0.5, "gopd_top_k": 8}
+    assert_same_training(run_layout(layout, models, tmp_path, **scenario)[0], single(**scenario))
+
+
 def test_another_reference_with_an_adapter_trains_as_one_process(models, tmp_path, single):
     scenario = {"lora": True, "ref_model_name_or_path": str(models / "base")}
     assert_same_training(run_layout("zero3", models, tmp_path, **scenario)[0], single(**scenario))
