@@ -57,6 +57,7 @@ ROWS = {
     "paper": {"preset": "paper"},
     "release": {"preset": "release"},
     "GPTAQ, tuned": {"hessian_weights": False, "iterations": 0},
+    "default, rate 1e-2": {"tune_learning_rate": 1e-2},  # what it is at 2 bits
     "default": {},
 }
 BASELINE, OURS = "GPTAQ", "default"

@@ -67,9 +67,13 @@ class TestFields:
         documented += [("dataset", ""), ("tokenizer", "")]
         stated = {name: default.strip('"') for name, default in documented}
         real = {name: "" if value is None else str(value) for name, value in defaults().items()}
-        assert {name: float(v) if name == "tune_learning_rate" else v for name, v in stated.items()} == {
-            name: float(v) if name == "tune_learning_rate" else v for name, v in real.items() if name != "quant_method"
-        }
+        assert stated == {name: value for name, value in real.items() if name != "quant_method"}
+
+    @pytest.mark.parametrize("bits,rate", [(2, 1e-2), (3, 5e-3), (4, 5e-3), (8, 5e-3)])
+    def test_rate_of_tuning_follows_the_bits(self, bits, rate):
+        config = D2QuantConfig(bits)
+        assert config.tune_learning_rate == config.to_dict()["tune_learning_rate"] == rate
+        assert D2QuantConfig(bits, tune_learning_rate=1e-3).tune_learning_rate == 1e-3
 
     def test_dtype_of_torch_is_accepted(self):
         assert D2QuantConfig(scale_dtype=torch.bfloat16).scale_dtype == "bfloat16"

@@ -85,8 +85,9 @@ class D2QuantConfig(QuantizationConfigMixin):
         tune_epochs (`int`, *optional*, defaults to `3`):
             Passes over the calibration tokens that tune scales and norms, all blocks at once, to the token
             distributions of the full-precision model. 0 leaves it out.
-        tune_learning_rate (`float`, *optional*, defaults to `1e-2`):
-            Step of the tuning, relative to the mean magnitude of each tensor.
+        tune_learning_rate (`float`, *optional*):
+            Step of the tuning, relative to the mean magnitude of each tensor. By default 1e-2 at 2 bits and 5e-3
+            above, where larger steps fit the calibration text more than the model.
 
     > Parameters that control calibration
 
@@ -154,7 +155,7 @@ class D2QuantConfig(QuantizationConfigMixin):
         shift_shrink: bool = False,
         rotation: str | None = None,
         tune_epochs: int = 3,
-        tune_learning_rate: float = 1e-2,
+        tune_learning_rate: float | None = None,
         dataset: Any = None,
         tokenizer: Any = None,
         num_samples: int = 16,
@@ -188,7 +189,7 @@ class D2QuantConfig(QuantizationConfigMixin):
         self.shift_shrink = shift_shrink
         self.rotation = rotation
         self.tune_epochs = tune_epochs
-        self.tune_learning_rate = tune_learning_rate
+        self.tune_learning_rate = (1e-2 if bits == 2 else 5e-3) if tune_learning_rate is None else tune_learning_rate
         self.dataset = dataset
         self.tokenizer = tokenizer
         self.num_samples = num_samples
