@@ -147,7 +147,8 @@ class TestTraining:
         assert all(request["prompt_logprobs"] == 1 for request in server.requests[1:])
 
     def test_served_reference_is_the_local_one(self, make, models, another):
-        same_training(make, {"ref_model": str(models / "base")}, {"ref_model": another.url})
+        trainer = same_training(make, {"ref_model": str(models / "base")}, {"ref_model": another.url})
+        assert isinstance(trainer.references[None], ServedScorer) and len(another.requests) > 1
 
     def test_one_of_several(self, make, models, server, prompts):
         rows = prompts.add_column("teacher_id", ["math", "code"] * 8)
@@ -168,6 +169,7 @@ class TestTraining:
     def test_temperature_that_the_server_honours(self, make, models, server):
         server.tempers = True
         same_training(make, {"teacher_model": str(models / "teacher")}, {"teacher_model": server.url}, temperature=0.7)
+        assert {request["temperature"] for request in server.requests[2:]} == {0.7}  # after a probe at each
 
     def test_temperature_that_the_server_ignores(self, make, server):
         with pytest.raises(ValueError, match=r"`teacher_model` at .* ignores the temperature.*Use `temperature=1`"):

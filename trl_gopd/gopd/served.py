@@ -100,10 +100,7 @@ class ServedScorer(Scorer):
         Log-probabilities `(B, T)` in float32 nats of `completion_ids`, the last `T` columns of `input_ids`; 0 where
         `attention_mask` is 0.
         """
-        is_scored, tokens, answers = self._ask_for(input_ids, attention_mask, completion_ids)
-        logps = torch.zeros(completion_ids.shape, dtype=torch.float32, device=completion_ids.device)
-        logps[is_scored] = logps.new_tensor([by_id[token] for token, by_id in zip(tokens, answers, strict=True)])
-        return logps
+        return self._ask_for(input_ids, attention_mask, completion_ids)[0]
 
     def score_top(
         self, input_ids: Tensor, attention_mask: Tensor, completion_ids: Tensor
@@ -115,7 +112,7 @@ class ServedScorer(Scorer):
             `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: `(B, T)` as from `score`, ids `(B, T, top_k)` in int64,
             distinct where `attention_mask` is 1, and `(B, T, top_k)` in float32 nats.
         """
-        is_scored, tokens, answers = self._ask_for(input_ids, attention_mask, completion_ids)
+        logps, is_scored, tokens, answers = self._ask_for(input_ids, attention_mask, completion_ids)
         # The server adds the sampled id to the likeliest ones, if it is not among them: which ids are taken must not
         # depend on what was sampled.
         tops = [
@@ -125,10 +122,8 @@ class ServedScorer(Scorer):
         for top in tops:
             if len(top) != self.top_k:
                 raise RuntimeError(f"{self.url} answered with {len(top)} ids instead of {self.top_k}. {ADVICE}")
-        logps = torch.zeros(completion_ids.shape, dtype=torch.float32, device=completion_ids.device)
         top_ids = torch.zeros(*logps.shape, self.top_k, dtype=torch.long, device=logps.device)
         top_logps = logps.new_zeros(top_ids.shape)
-        logps[is_scored] = logps.new_tensor([by_id[token] for token, by_id in zip(tokens, answers, strict=True)])
         if tops:
             top_ids[is_scored] = top_ids.new_tensor([list(top) for top in tops])
             top_logps[is_scored] = logps.new_tensor([list(top.values()) for top in tops])
@@ -136,10 +131,10 @@ class ServedScorer(Scorer):
 
     def _ask_for(
         self, input_ids: Tensor, attention_mask: Tensor, completion_ids: Tensor
-    ) -> tuple[Tensor, list[int], list[dict[int, float]]]:
+    ) -> tuple[Tensor, Tensor, list[int], list[dict[int, float]]]:
         """
-        Which of the last `T` tokens are scored `(B, T)`; those tokens, row by row; and for each log-probabilities by
-        id.
+        Log-probabilities `(B, T)` of the last `T` tokens; which of these are scored `(B, T)`; the tokens that are, row
+        by row; and for each of them log-probabilities by id.
         """
         seen = attention_mask.bool()
         is_scored = seen[:, seen.size(1) - completion_ids.size(1) :]
@@ -160,7 +155,10 @@ class ServedScorer(Scorer):
         with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
             answers = [row for part in pool.map(ask, range(0, len(rows), self.batch_size)) for row in part]
         tokens = [token for row in rows for token in sequences[row][-counts[row] :]]
-        return is_scored, tokens, [by_id for answer in answers for by_id in answer]
+        by_ids = [by_id for answer in answers for by_id in answer]
+        logps = torch.zeros(completion_ids.shape, dtype=torch.float32, device=completion_ids.device)
+        logps[is_scored] = logps.new_tensor([by_id[token] for token, by_id in zip(tokens, by_ids, strict=True)])
+        return logps, is_scored, tokens, by_ids
 
     def _check_temperature(self, role: str) -> None:
         """
