@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from trl_gopd.gopd.objective import LogitTransform, extrapolated_divergence, token_advantages
+from trl_gopd.gopd.divergence import extrapolated_divergence
+from trl_gopd.gopd.objective import LogitTransform, token_advantages
 
 
 EPS = torch.finfo(torch.float32).eps

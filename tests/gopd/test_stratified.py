@@ -10,13 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_gopd.gopd.objective import (
-    LogitTransform,
-    extrapolated_divergence,
-    log_probs_at,
-    stratified_divergence,
-    token_advantages,
-)
+from trl_gopd.gopd.divergence import extrapolated_divergence
+from trl_gopd.gopd.objective import LogitTransform, token_advantages
+from trl_gopd.gopd.stratified import log_probs_at, stratified_divergence
 
 
 EPS = torch.finfo(torch.float32).eps

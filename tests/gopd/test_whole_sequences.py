@@ -5,12 +5,9 @@ import itertools
 import pytest
 import torch
 
-from trl_gopd.gopd.objective import (
-    discounted_advantages,
-    extrapolated_divergence,
-    log_probs_at,
-    stratified_divergence,
-)
+from trl_gopd.gopd.divergence import extrapolated_divergence
+from trl_gopd.gopd.objective import discounted_advantages
+from trl_gopd.gopd.stratified import log_probs_at, stratified_divergence
 
 
 EPS = torch.finfo(torch.float32).eps

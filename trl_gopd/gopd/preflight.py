@@ -38,8 +38,8 @@ from transformers import (
 
 import trl_gopd
 
+from .divergence import chunk_slices
 from .extrapolation import DETERMINISTIC, ExtrapolatedLogitsProcessor, lambda_effects
-from .objective import chunk_slices
 from .preflight_report import (
     CLIPS,
     MAX_DETERMINISTIC_FLIPS,

@@ -25,21 +25,16 @@ from . import routing, teachers
 from ._trl import disable_gradient_checkpointing, gather_heads, get_config_model_id
 from .cache import CachedScorer
 from .config import GOPDConfig
+from .divergence import extrapolated_divergence
 from .monitors import completion_rows, is_eos, summarize_completions, token_table, topk_overlap
-from .objective import (
-    discounted_advantages,
-    extrapolated_divergence,
-    implicit_rewards,
-    log_probs_at,
-    stratified_divergence,
-    token_advantages,
-)
+from .objective import discounted_advantages, implicit_rewards, token_advantages
 from .prompts import TeacherPrompts
 from .rollouts import stored_completions
 from .schedules import deviation_squares, gate_lambda
 from .scoring import logit_transform
 from .served import ServedScorer, is_url
 from .state import read_state
+from .stratified import log_probs_at, stratified_divergence
 from .visualize import advantages_html
 
 
