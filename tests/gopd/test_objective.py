@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_gopd.gopd.divergence import extrapolated_divergence
-from trl_gopd.gopd.objective import LogitTransform, token_advantages
+from trl_gopd.gopd.objective import LogitTransform, credit, extrapolate, later_credit, token_advantages
 
 
 EPS = torch.finfo(torch.float32).eps
@@ -124,6 +125,177 @@ class TestTokenAdvantages:
     def test_missing_reference_raises(self, generator):
         with pytest.raises(ValueError, match=r"gopd_lambda=1.25.*got None. Pass it, or use 1"):
             self.advantages(generator, reference_logps=None)
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts what is dispatched to a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def credit_by_loop(advantages, mask, discount, weights):
+    """One token after the other, from the last, in Python floats."""
+    result = torch.zeros_like(advantages)
+    for row in range(len(advantages)):
+        later = 0.0
+        for t in reversed(range(advantages.size(1))):
+            if mask[row, t]:
+                result[row, t] = float(advantages[row, t]) + discount * later
+                later = float(weights[row, t]) * float(result[row, t])
+    return result
+
+
+def later_credit_by_loop(expected, mask, discount, weights):
+    result = torch.zeros_like(expected)
+    for row in range(len(expected)):
+        later = 0.0
+        for t in reversed(range(expected.size(1))):
+            if mask[row, t]:
+                result[row, t] = discount * later
+                later = float(expected[row, t]) + float(weights[row, t]) * float(result[row, t])
+    return result
+
+
+class TestCredit:
+    def problem(self, generator, rows, length):
+        """Half of the tokens are left out; weights are 0 for some, as TRL's are where it masks them."""
+        mask = (torch.rand(rows, length, generator=generator) < 0.5).long()
+        advantages = draw(rows, length, generator=generator, dtype=torch.float64) * mask
+        weights = (torch.rand(rows, length, generator=generator, dtype=torch.float64) * 2.4 - 0.4).clamp(min=0)
+        return advantages, mask, weights
+
+    @pytest.mark.parametrize("length", [0, 1, 2, 3, 7, 64, 65, 203])
+    @pytest.mark.parametrize("discount", [0.0, 0.9, 1.0])
+    @pytest.mark.parametrize("is_weighted", [False, True])
+    @pytest.mark.parametrize("function", [credit, later_credit])
+    def test_equals_a_loop_over_the_tokens(self, generator, length, discount, is_weighted, function):
+        advantages, mask, weights = self.problem(generator, 4, length)
+        by_loop = credit_by_loop if function is credit else later_credit_by_loop
+        weights = weights if is_weighted else None
+        expected = by_loop(advantages, mask, discount, torch.ones_like(advantages) if weights is None else weights)
+        got = function(advantages, mask, discount=discount, weights=weights)
+        assert got.dtype == torch.float64
+        # A dozen roundings for each of up to `length` terms, relative to the sum of the terms without their signs.
+        size = by_loop(advantages.abs(), mask, discount, torch.ones_like(advantages) if weights is None else weights)
+        eps64 = torch.finfo(torch.float64).eps
+        assert ((got - expected).abs() <= 12 * length * eps64 * size).all()
+
+    def test_tokens_that_are_left_out_do_not_discount(self, generator):
+        """A gap in the mask, as answers of tools leave it, changes nothing."""
+        advantages, weights = draw(2, 5, generator=generator), torch.rand(2, 5, generator=generator)
+        places = torch.tensor([1, 2, 5, 6, 9])
+        mask = torch.zeros(2, 11).index_fill(1, places, 1)
+        spread = [torch.zeros(2, 11).index_copy(1, places, x) for x in (advantages, weights)]
+        for function in (credit, later_credit):
+            dense = function(advantages, torch.ones(2, 5), discount=0.5, weights=weights)
+            got = function(spread[0], mask, discount=0.5, weights=spread[1])
+            # five terms below 4 in another order
+            torch.testing.assert_close(got[:, places], dense, rtol=0, atol=2 * 5 * EPS * 4)
+            assert got[mask == 0].abs().max() == 0
+
+    @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+    def test_padding_cannot_leak(self, generator, poison):
+        advantages, mask, weights = self.problem(generator, 3, 9)
+        hidden = weights.masked_fill(mask == 0, poison)
+        assert torch.equal(
+            credit(advantages, mask, discount=0.9, weights=hidden),
+            credit(advantages, mask, discount=0.9, weights=weights),
+        )
+        assert torch.equal(
+            later_credit(advantages.masked_fill(mask == 0, poison), mask, discount=0.9, weights=hidden),
+            later_credit(advantages, mask, discount=0.9, weights=weights),
+        )
+
+    def test_discount_zero_leaves_advantages_alone(self, generator):
+        """Bit for bit, so with infinite ones too: 0 * inf would be NaN."""
+        advantages, mask, weights = self.problem(generator, 3, 9)
+        advantages[0, 4], mask[0, 4] = math.inf, 1
+        assert torch.equal(credit(advantages, mask, discount=0.0), advantages)
+        assert torch.equal(credit(advantages, mask, discount=0.0, weights=weights), advantages)
+
+    def test_own_weight_is_left_to_the_loss(self):
+        """G_t = A_t + γ·w_{t+1}·G_{t+1} and L_t = γ·(E_{t+1} + w_{t+1}·L_{t+1}), by hand."""
+        values, weights = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[8.0, 3.0, 0.5]])
+        ones = torch.ones(1, 3)
+        assert credit(values, ones, discount=0.5, weights=weights).tolist() == [[1 + 1.5 * 3, 2 + 0.25 * 4, 4.0]]
+        assert later_credit(values, ones, discount=0.5, weights=weights).tolist() == [[0.5 * (2 + 3 * 2), 2.0, 0.0]]
+
+    @pytest.mark.parametrize("function", [credit, later_credit])
+    def test_long_products_of_weights_stay_finite(self, function):
+        """3²⁰⁰ is infinite in float32, and 0 · inf is NaN: nothing follows the first 200 tokens."""
+        mask = torch.ones(1, 300)
+        advantages = torch.ones(1, 300).index_fill(1, torch.arange(100, 300), 0.0)
+        weights = torch.full((1, 300), 3.0)
+        weights[:, :100] = 0.5
+        got = function(advantages, mask, discount=1.0, weights=weights)
+        # 1 + ½ + ¼ + … in either case: the own advantage and those after it, or a hundred expected ones
+        assert got.isfinite().all() and got[0, 0] == 2.0
+
+    def test_takes_few_operations_however_long(self, generator):
+        """A loop would dispatch some operations for each of 4,096 tokens."""
+        advantages, mask, weights = self.problem(generator, 2, 4096)
+        for function in (credit, later_credit):
+            with CountOperations() as operations:
+                function(advantages, mask, discount=0.9, weights=weights)
+            assert operations.count < 20 * math.log2(4096)
+
+    def test_detached_and_inputs_are_left_alone(self, generator):
+        advantages, mask, weights = self.problem(generator, 2, 5)
+        before = [x.clone() for x in (advantages, mask, weights)]
+        expected = advantages.clone().requires_grad_()
+        assert not later_credit(expected, mask, discount=0.5, weights=weights.clone().requires_grad_()).requires_grad
+        credit(advantages, mask, discount=0.5, weights=weights)
+        assert all(torch.equal(a, b) for a, b in zip(before, (advantages, mask, weights), strict=True))
+
+    @pytest.mark.parametrize("function", [credit, later_credit])
+    def test_a_weight_of_the_sequence_is_refused(self, function):
+        """It would broadcast, and be multiplied by itself once for each token."""
+        with pytest.raises(ValueError, match=r"shape \(2, 3\).*got \(2, 1\). Give one weight a token; leave out"):
+            function(torch.ones(2, 3), torch.ones(2, 3), discount=0.5, weights=torch.ones(2, 1))
+
+
+class TestExtrapolate:
+    """Closed forms over whole vocabularies are in `test_extrapolation.py`."""
+
+    @pytest.mark.parametrize("gopd_lambda", [0.0, 0.5, 1.0, 1.25, 2.0])
+    def test_id_that_the_teacher_excludes_has_no_probability(self, gopd_lambda):
+        """Whether the reference has it or not."""
+        teacher = torch.tensor([[0.5, 0.5, 0.0, 0.0]]).log()
+        reference = torch.tensor([[0.25, 0.25, 0.5, 0.0]]).log()
+        log_q, log_z = extrapolate(teacher_logps=teacher, reference_logps=reference, gopd_lambda=gopd_lambda)
+        # T^λ R^(1−λ) = ½·2^(λ−1) for each of two ids
+        torch.testing.assert_close(log_q.exp(), torch.tensor([[0.5, 0.5, 0.0, 0.0]]), rtol=0, atol=8 * EPS)
+        torch.testing.assert_close(log_z, torch.tensor([(gopd_lambda - 1) * math.log(2)]), rtol=0, atol=8 * EPS)
+
+    def test_rows_have_a_lambda_each(self, generator):
+        teacher, reference = (draw(3, 5, generator=generator).log_softmax(-1) for _ in range(2))
+        lambdas = torch.tensor([0.5, 1.0, 1.75])
+        log_q, log_z = extrapolate(teacher_logps=teacher, reference_logps=reference, gopd_lambda=lambdas)
+        joint = teacher.double() + (lambdas.double() - 1).unsqueeze(1) * (teacher.double() - reference.double())
+        expected = joint.logsumexp(-1)
+        # a dozen roundings of numbers below 16
+        torch.testing.assert_close(log_z.double(), expected, rtol=0, atol=12 * EPS * 16)
+        torch.testing.assert_close(log_q.double(), joint - expected.unsqueeze(1), rtol=0, atol=12 * EPS * 16)
+
+    def test_row_at_one_survives_infinite_reward(self):
+        teacher = torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log()
+        reference = torch.tensor([[1.0, 0.0], [0.5, 0.5]]).log()
+        log_q, _ = extrapolate(teacher_logps=teacher, reference_logps=reference, gopd_lambda=torch.tensor([1.0, 1.25]))
+        torch.testing.assert_close(log_q, teacher, rtol=0, atol=4 * EPS)
+
+    def test_clip_bounds_the_reward(self):
+        teacher, reference = torch.tensor([[0.9, 0.1]]).log(), torch.tensor([[0.1, 0.9]]).log()
+        log_q, _ = extrapolate(
+            teacher_logps=teacher, reference_logps=reference, gopd_lambda=2.0, extrapolation_clip=0.5
+        )
+        expected = torch.tensor([[0.9 * math.exp(0.5), 0.1 * math.exp(-0.5)]])
+        torch.testing.assert_close(log_q.exp(), expected / expected.sum(), rtol=0, atol=8 * EPS)
 
 
 def dense(z_s, z_t, z_r, gopd_lambda, clip=None):

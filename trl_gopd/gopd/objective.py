@@ -21,6 +21,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -101,28 +102,115 @@ def token_advantages(
     return advantages.masked_fill(mask == 0, 0.0)
 
 
-def discounted_advantages(advantages: Tensor, mask: Tensor, discount: float) -> Tensor:
+def credit(advantages: Tensor, mask: Tensor, *, discount: float, weights: Tensor | None = None) -> Tensor:
     """
-    Credit of each token, G_t = A_t + γ·G_{t+1}, over the tokens that are trained on. The paper has γ = 0. With γ = 1,
-    E[Σ_t G_t ∇ log π] is the gradient of the objective of whole sequences, whose variance grows with their length.
+    Credit of each sampled token: its own advantage and those of the tokens that it led to,
+
+        G_t = A_t + γ·w_{t+1}·G_{t+1}
+
+    over the tokens that are trained on. The paper has γ = 0, so that G is A. With γ = 1 and tokens of the student,
+    E[Σ_t G_t ∇ log π(y_t)] is the gradient of the objective of whole sequences; its variance grows with their length.
+
+    If the tokens were sampled from another policy μ, each needs the weight w_t = π(y_t)/μ(y_t). The weights of later
+    tokens are part of G_t, and its own is left out: the gradient at the states that μ visited is
+    E[Σ_t w_t·G_t ∇ log π(y_t)]. Multiply by `weights`, unless the loss does so itself, as that of
+    [`~trl.GRPOTrainer`] does for completions of vLLM. A weight of the whole sequence holds for all of its tokens, and
+    belongs in the loss alone.
 
     Args:
         advantages (`torch.Tensor` of shape `(B, T)`):
-            What `token_advantages` returned: 0 where `mask` is.
+            What `token_advantages` returned, 0 where `mask` is. Detached, in nats.
         mask (`torch.Tensor` of shape `(B, T)`):
-            1 where a token is trained on. The others are passed over, and do not discount.
+            1 where a token is trained on. The other tokens get no credit, do not discount, and weigh nothing.
         discount (`float`):
             γ, between 0 and 1.
+        weights (`torch.Tensor` of shape `(B, T)`, *optional*):
+            Importance weights w of the tokens, 0 or greater. `None` if the student sampled the tokens.
 
     Returns:
-        `torch.Tensor` of shape `(B, T)`: float32, detached; 0 where `mask` is.
+        `torch.Tensor` of shape `(B, T)`: detached, in the dtype of `advantages`; 0 where `mask` is. At γ = 0 it is
+        `advantages` itself.
+
+    Raises:
+        `ValueError`: If `weights` do not have the shape of `advantages`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from trl_gopd.gopd.objective import credit
+    >>> credit(torch.tensor([[1.0, 0.0, 2.0, 4.0]]), torch.tensor([[1, 0, 1, 1]]), discount=0.5)
+    tensor([[3., 0., 4., 4.]])
+
+    ```
     """
-    credits, later = torch.zeros_like(advantages), advantages.new_zeros(len(advantages))
-    for step in reversed(range(advantages.size(1))):
-        counts = mask[:, step] != 0
-        later = torch.where(counts, advantages[:, step] + discount * later, later)
-        credits[:, step] = torch.where(counts, later, 0.0)
-    return credits
+    if discount == 0:
+        return advantages
+    terms = advantages if weights is None else advantages * weights
+    return advantages + later_credit(terms, mask, discount=discount, weights=weights)
+
+
+def later_credit(
+    expected_advantages: Tensor, mask: Tensor, *, discount: float, weights: Tensor | None = None
+) -> Tensor:
+    """
+    Credit of each sampled token for the states that it led to, beside an estimator that already has the expected
+    advantage at the token's own state:
+
+        L_t = γ·(E_{t+1} + w_{t+1}·L_{t+1})
+
+    over the tokens that are trained on. With E[A] of `extrapolated_divergence` or `stratified_divergence`,
+    Σ_t (∇E_t + w_t·L_t ∇ log π(y_t)) has the same expectation as the Σ_t w_t·G_t ∇ log π(y_t) of `credit`, and less
+    noise: expected advantages are what an exact baseline would leave of sampled ones.
+
+    Args:
+        expected_advantages (`torch.Tensor` of shape `(B, T)`):
+            E[A] over the student at each state, or an unbiased estimate of it, in nats.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            1 where a token is trained on. The other tokens get no credit, do not discount, and weigh nothing.
+        discount (`float`):
+            γ, between 0 and 1.
+        weights (`torch.Tensor` of shape `(B, T)`, *optional*):
+            Importance weights w of the tokens, 0 or greater. `None` if the student sampled the tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: detached, in the dtype of `expected_advantages`; 0 where `mask` is.
+
+    Raises:
+        `ValueError`: If `weights` do not have the shape of `expected_advantages`.
+    """
+    if weights is not None and weights.shape != expected_advantages.shape:
+        raise ValueError(
+            f"`weights` must have the shape {tuple(expected_advantages.shape)} of the advantages, got "
+            f"{tuple(weights.shape)}. Give one weight a token; leave out a weight of the whole sequence."
+        )
+    is_left_out = mask == 0
+    factors = torch.full_like(expected_advantages, discount) if weights is None else discount * weights.detach()
+    # A token that is left out hands on what comes after it. Not products: it may hold -inf or NaN.
+    terms = expected_advantages.detach().masked_fill(is_left_out, 0.0)
+    totals = _reverse_scan(terms, factors.masked_fill(is_left_out, 1.0))
+    return (discount * _shift_left(totals, 1)).masked_fill(is_left_out, 0.0)
+
+
+def _reverse_scan(terms: Tensor, factors: Tensor) -> Tensor:
+    """
+    x_t = terms_t + factors_t·x_{t+1} along the last dimension, with x_T = 0 and factors of 0 or greater.
+
+    Each pass doubles how many terms every x_t has gathered, so T positions take log2(T) passes (Hillis and Steele,
+    Data parallel algorithms, 1986).
+    """
+    span = 1
+    while span < terms.size(-1):
+        terms = terms + factors * _shift_left(terms, span)
+        # Many weights above 1 may overflow, and inf * 0 is NaN.
+        factors = (factors * _shift_left(factors, span)).clamp(max=torch.finfo(factors.dtype).max)
+        span *= 2
+    return terms
+
+
+def _shift_left(x: Tensor, steps: int) -> Tensor:
+    """Moves the entries of the last dimension to the left, and fills up with zeros."""
+    return F.pad(x[..., steps:], (0, min(steps, x.size(-1))))
 
 
 def extrapolate(

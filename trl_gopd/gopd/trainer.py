@@ -27,7 +27,7 @@ from .cache import CachedScorer
 from .config import GOPDConfig
 from .divergence import extrapolated_divergence
 from .monitors import completion_rows, is_eos, summarize_completions, token_table, topk_overlap
-from .objective import discounted_advantages, implicit_rewards, token_advantages
+from .objective import credit, implicit_rewards, later_credit, token_advantages
 from .prompts import TeacherPrompts
 from .rollouts import stored_completions
 from .schedules import deviation_squares, gate_lambda
@@ -665,10 +665,13 @@ class GOPDTrainer(GRPOTrainer):
             advantages=advantages,
             lambdas=lambdas,
         )
-        if "importance_weights" in inputs:
-            advantages = advantages * inputs["importance_weights"]
-        if self.args.gopd_discount:
-            advantages = discounted_advantages(advantages, known, self.args.gopd_discount)
+        weights = inputs.get("importance_weights")
+        ratios = inputs.get("importance_sampling_ratio") if weights is None else weights
+        if ratios is not None and ratios.shape != mask.shape:
+            ratios = None  # one of the whole sequence, which TRL multiplies by
+        advantages = credit(advantages, known, discount=self.args.gopd_discount, weights=ratios)
+        if weights is not None:
+            advantages = advantages * weights
         # GRPO's own advantages are zero without `reward_funcs`.
         inputs["advantages"] = self._weighted(inputs, advantages + inputs["advantages"].unsqueeze(1) * mask)
         return results
@@ -739,8 +742,7 @@ class GOPDTrainer(GRPOTrainer):
         log-probabilities are detached, so ratio × advantage is the divergence alone.
 
         With a discount γ, what comes after a token is credited to it by its score, γ·G_{t+1}·∇ log π(y_t), as in
-        `discounted_advantages`, but of expected advantages: they are what an exact baseline would leave of sampled
-        ones.
+        `credit`, but of expected advantages: they are what an exact baseline would leave of sampled ones.
         """
         tokens = mask.bool()
         owners = inputs["teacher_index"]
@@ -825,7 +827,8 @@ class GOPDTrainer(GRPOTrainer):
         student_logps = student_logps.masked_fill(student_logps.isneginf(), 0.0)
         advantages = -divergences
         if self.args.gopd_discount:
-            later = discounted_advantages(expected, mask, self.args.gopd_discount) - expected
+            ratios = weights if weights is not None and weights.shape == mask.shape else None
+            later = later_credit(expected, mask, discount=self.args.gopd_discount, weights=ratios)
             later = later * known if weights is None else later * known * weights
             advantages = advantages + later * (student_logps - student_logps.detach())
         student_logps = student_logps.detach()
