@@ -151,17 +151,21 @@ class ChunkedHeadLoss(torch.autograd.Function):
     - `gradient(rows, logits, of_first, of_second)` returns the gradient `(n, V')` of the first V' logits in the
       backward pass, where the factors `(n, 1)` are the gradients of the first two values. `of_second` is `None` when
       nothing depends on the second value.
+
+    The head is applied in the dtype of the hidden states, or in that of autocast where it is enabled, as torch would
+    apply a linear layer. The backward pass, which runs outside autocast, makes the same logits again.
     """
 
     @staticmethod
     @no_type_check
     def forward(ctx, hidden, weight, bias, values, gradient, num_values, transform, chunk_size, gather):
+        dtype = _product_dtype(hidden)
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.args = (gradient, transform, chunk_size, gather)
-        with gather(), _no_autocast(hidden):
-            head = _head_like(hidden, weight, bias)
+        ctx.args = (gradient, transform, chunk_size, gather, dtype)
+        with gather(), torch.autocast(hidden.device.type, enabled=False):
+            head = _cast_head(weight, bias, dtype)
             slices = chunk_slices(len(hidden), chunk_size)
-            chunks = [values(rows, transform(F.linear(hidden[rows], *head))) for rows in slices]
+            chunks = [values(rows, transform(F.linear(hidden[rows].to(dtype), *head))) for rows in slices]
         outputs = tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True))
         if not chunks:  # no token: zeros of length 0 that still hang in the graph
             outputs = tuple(hidden.new_zeros(0, dtype=torch.float32) for _ in range(num_values))
@@ -173,29 +177,30 @@ class ChunkedHeadLoss(torch.autograd.Function):
     @no_type_check
     def backward(ctx, grad_output, grad_logps, *_):
         hidden, weight, bias = ctx.saved_tensors
-        gradient, transform, chunk_size, gather = ctx.args
+        gradient, transform, chunk_size, gather, dtype = ctx.args
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         if grad_output is None:
             grad_output = torch.zeros(len(hidden), device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        with gather(), _no_autocast(hidden):
-            head = _head_like(hidden, weight, bias)
+        with gather(), torch.autocast(hidden.device.type, enabled=False):
+            head = _cast_head(weight, bias, dtype)
             # float32 sums: many small chunks added in bfloat16 would stop moving the total
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
             grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
             for rows in chunk_slices(len(hidden), chunk_size):
-                logits = transform(F.linear(hidden[rows], *head))
+                inputs = hidden[rows].to(dtype)
+                logits = transform(F.linear(inputs, *head))
                 of_logps = None if grad_logps is None else grad_logps[rows].float().unsqueeze(1)
                 grad = gradient(rows, logits, grad_output[rows].float().unsqueeze(1), of_logps)
                 shared = grad.size(-1)
-                raw = transform.backward(grad, logits[:, :shared]).to(hidden.dtype)
+                raw = transform.backward(grad, logits[:, :shared]).to(dtype)
                 if grad_hidden is not None:
                     grad_hidden[rows] = raw @ head[0][:shared]
                 if grad_weight is not None:
                     if raw.dtype == grad_weight.dtype:
-                        grad_weight[:shared].addmm_(raw.t(), hidden[rows])  # half the time of a product and a sum
+                        grad_weight[:shared].addmm_(raw.t(), inputs)  # half the time of a product and a sum
                     else:
-                        grad_weight[:shared] += (raw.t() @ hidden[rows]).float()
+                        grad_weight[:shared] += (raw.t() @ inputs).float()
                 if grad_bias is not None:
                     grad_bias[:shared] += raw.float().sum(0)
             grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
@@ -214,14 +219,16 @@ def add_label_gradient(grad: Tensor, probs: Tensor, label: Tensor, of_logps: Ten
     return (grad - probs * factor).scatter_add_(1, index, factor)
 
 
-def _no_autocast(hidden: Tensor) -> AbstractContextManager[Any]:
-    # The backward pass runs outside autocast, so the dtypes are written out in both.
-    return torch.autocast(hidden.device.type, enabled=False)
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype in which torch would apply a linear layer to `hidden`; autocast leaves float64 as it is."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
 
 
-def _head_like(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The head in the dtype of the hidden states, as autocast would cast it."""
-    return weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+def _cast_head(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _shared_log_probs(
