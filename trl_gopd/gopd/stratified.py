@@ -69,24 +69,24 @@ def stratified_divergence(
         −Σ_{v ∈ S} sg(π_v (A_v − b)) log π_v  −  1{y ∉ S}·w·sg(A_y − b) log π_y
 
     with A of `token_advantages`, sg for a detached factor and w an importance weight. Its expectation over y ~ π is
-    the gradient of `extrapolated_divergence`, whatever S and b are as long as they depend on the state alone; with all
-    ids in S it is that gradient itself. b is the advantage of "not in S" as a single outcome,
+    the gradient of `extrapolated_divergence` for any S and b that depend on the state alone, and with all ids in S it
+    is that gradient itself. b is the advantage of "not in S" as a single outcome,
 
         b = log π*(S̄)/π(S̄) + (λ − 1)·clip(log π*(S̄)/π_ref(S̄)),    S̄ the ids outside S
 
-    so that y corrects no more than what this lumping gets wrong. A mass of S̄ below 2⁻²³ counts as 2⁻²³, which keeps b
-    finite. Not in the paper.
+    so that the sampled y only corrects the error of treating S̄ as one outcome. A probability of S̄ below 2⁻²³ counts as
+    2⁻²³, which keeps b finite. This estimator is not in the paper.
 
     As in `extrapolated_divergence`, logits of the student exist for one chunk of tokens at a time, and are made again
-    in the backward pass. Of the frozen models k + 1 log-probabilities a token are read.
+    in the backward pass. Of the frozen models, k + 1 log-probabilities a token are needed.
 
     The value is −Ê[A] + log Ẑ. Ê[A] = Σ_S π_v A_v + π(S̄)·b + 1{y ∉ S}·w·(A_y − b) is unbiased. log Ẑ has the
     gradient 0 and is the log Z_λ of S and S̄ as a single outcome: exact if λ is 1 or S has all ids, otherwise too small
     for λ > 1 and too large for λ < 1, as long as nothing is clipped.
 
-    An id that a frozen model does not have (padded vocabularies) has the log-probability -inf. In S it is taken out of
-    the student's distribution and gets no gradient, as in `extrapolated_divergence`. As a label it adds no correction,
-    and has -inf in `student_logps`: leave such tokens out, as `token_advantages` asks for. Elsewhere it is part of S̄.
+    An id that a frozen model does not have (padded vocabularies) has the log-probability -inf. In S it is removed from
+    the student's distribution and gets no gradient, as in `extrapolated_divergence`. As a label it adds no correction
+    and has -inf in `student_logps`; mask such tokens. Any other such id is part of S̄.
 
     Args:
         hidden (`torch.Tensor` of shape `(N, D)`):
@@ -108,7 +108,7 @@ def stratified_divergence(
             S are the k likeliest ids under the student. Give either this or `ids`.
         ids (`torch.Tensor` of shape `(N, k)`, *optional*):
             S itself, for instance the likeliest ids under the teacher: int64, no id twice in a row. It must not
-            depend on `labels`: a server's answer to "top k and the sampled one" has to be cut to the top k.
+            depend on `labels`, so cut a server's answer with the top k ids and the sampled one to the top k.
         transform (`LogitTransform`, *optional*):
             What the student does to its raw logits.
         extrapolation_clip (`float`, *optional*):
@@ -138,7 +138,7 @@ def stratified_divergence(
     # correction at the sampled token y:
     #   ∂/∂z_v = π_v (Ê[A] − a_v) − 1{v = y ∉ S}·w·(A_y − b)
     # All that it needs of a chunk is kept from the forward pass: k numbers a token, beside V logits.
-    kept: dict[int, _Kept] = {}
+    kept: dict[int, _BackwardState] = {}
 
     def values(rows: slice, logits: Tensor) -> tuple[Tensor | None, ...]:
         inside = _top_ids(logits, choice) if isinstance(choice, int) else choice[rows]
@@ -202,7 +202,7 @@ class _Outcomes:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _BackwardState:
     """
     What the backward pass needs of a chunk of n tokens.
 
@@ -244,7 +244,7 @@ def _lump(logits: Tensor, asked: Tensor, log_t: Tensor, log_r: Tensor | None) ->
 
 def _estimate(
     outcomes: _Outcomes, advantages: Tensor, asked: Tensor, weights: Tensor | None
-) -> tuple[tuple[Tensor | None, ...], _Kept]:
+) -> tuple[tuple[Tensor | None, ...], _BackwardState]:
     """The fields of [`StratifiedOutput`], and what the backward pass needs."""
     own, known = outcomes.student, outcomes.known
     is_outside = (asked[:, :-1] != asked[:, -1:]).all(-1, keepdim=True)
@@ -269,7 +269,7 @@ def _estimate(
         mean.squeeze(1),
         own[:, :-2].exp().sum(-1),
     )
-    kept = _Kept(
+    kept = _BackwardState(
         index=outcomes.index,
         exclude=outcomes.exclude,
         mean_above_rest=mean - rest,
@@ -279,7 +279,7 @@ def _estimate(
     return estimates, kept
 
 
-def _gradient(logits: Tensor, kept: _Kept) -> tuple[Tensor, Tensor]:
+def _gradient(logits: Tensor, kept: _BackwardState) -> tuple[Tensor, Tensor]:
     """Gradient of the estimate with respect to the logits, and the student's probabilities, both `(n, V)`."""
     inside, label = kept.index[:, :-1], kept.index[:, -1:]
     probs = logits.scatter_add(1, inside, kept.exclude).softmax(-1)
