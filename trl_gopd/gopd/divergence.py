@@ -10,13 +10,19 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from typing import Any, no_type_check
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .objective import LogitTransform, expectation, extrapolate, lambda_is_one
+
+
+# What [`ChunkedHeadLoss`] calls for a slice of tokens.
+Values = Callable[[slice, Tensor], tuple[Tensor | None, ...]]
+Gradient = Callable[[slice, Tensor, Tensor, Tensor | None], Tensor]
+Gather = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ def extrapolated_divergence(
     transform: LogitTransform | None = None,
     extrapolation_clip: float | None = None,
     chunk_size: int = 256,
-    gather: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    gather: Gather = nullcontext,
 ) -> DivergenceOutput:
     """
     KL(π ‖ q_λ) for every token, with q_λ = softmax(λ·z* + (1 − λ)·z_ref), the optimum (eq. 12) of
@@ -157,55 +163,75 @@ class ChunkedHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    @no_type_check
-    def forward(ctx, hidden, weight, bias, values, gradient, num_values, transform, chunk_size, gather):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        values: Values,
+        gradient: Gradient,
+        num_values: int,
+        transform: LogitTransform,
+        chunk_size: int,
+        gather: Gather,
+    ) -> tuple[Tensor | None, ...]:
         dtype = _product_dtype(hidden)
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.args = (gradient, transform, chunk_size, gather, dtype)
+        ctx.arguments = (gradient, transform, chunk_size, gather, dtype)
         with gather(), torch.autocast(hidden.device.type, enabled=False):
             head = _cast_head(weight, bias, dtype)
             slices = chunk_slices(len(hidden), chunk_size)
             chunks = [values(rows, transform(F.linear(hidden[rows].to(dtype), *head))) for rows in slices]
-        outputs = tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True))
-        if not chunks:  # no token: zeros of length 0 that still hang in the graph
+        outputs = tuple(_joined(parts) for parts in zip(*chunks, strict=True))
+        if not chunks:  # no token: zeros of length 0 that are still part of the graph
             outputs = tuple(hidden.new_zeros(0, dtype=torch.float32) for _ in range(num_values))
         ctx.mark_non_differentiable(*[output for output in outputs[2:] if output is not None])
         ctx.set_materialize_grads(False)  # a loss that does not use the second value should not pay for its gradient
         return outputs
 
     @staticmethod
-    @no_type_check
-    def backward(ctx, grad_output, grad_logps, *_):
+    def backward(ctx: Any, of_first: Tensor | None, of_second: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
-        gradient, transform, chunk_size, gather, dtype = ctx.args
+        gradient, transform, chunk_size, gather, dtype = ctx.arguments
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        if grad_output is None:
-            grad_output = torch.zeros(len(hidden), device=hidden.device)
+        if of_first is None:
+            of_first = torch.zeros(len(hidden), device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         with gather(), torch.autocast(hidden.device.type, enabled=False):
             head = _cast_head(weight, bias, dtype)
             # float32 sums: many small chunks added in bfloat16 would stop moving the total
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-            grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
+            grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
             for rows in chunk_slices(len(hidden), chunk_size):
                 inputs = hidden[rows].to(dtype)
                 logits = transform(F.linear(inputs, *head))
-                of_logps = None if grad_logps is None else grad_logps[rows].float().unsqueeze(1)
-                grad = gradient(rows, logits, grad_output[rows].float().unsqueeze(1), of_logps)
+                second = None if of_second is None else of_second[rows].float().unsqueeze(1)
+                grad = gradient(rows, logits, of_first[rows].float().unsqueeze(1), second)
                 shared = grad.size(-1)
                 raw = transform.backward(grad, logits[:, :shared]).to(dtype)
                 if grad_hidden is not None:
                     grad_hidden[rows] = raw @ head[0][:shared]
                 if grad_weight is not None:
-                    if raw.dtype == grad_weight.dtype:
-                        grad_weight[:shared].addmm_(raw.t(), inputs)  # half the time of a product and a sum
-                    else:
-                        grad_weight[:shared] += (raw.t() @ inputs).float()
+                    _add_product(grad_weight[:shared], raw.t(), inputs)
                 if grad_bias is not None:
                     grad_bias[:shared] += raw.float().sum(0)
             grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
             grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
+
+
+def _joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+    """One value of all chunks, or `None` if they do not have it."""
+    whole = [part for part in parts if part is not None]
+    return torch.cat(whole) if whole else None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds a matrix product in place to a float32 total."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)  # half the time of a product and a sum
+    else:
+        total += (left @ right).float()
 
 
 def add_label_gradient(grad: Tensor, probs: Tensor, label: Tensor, of_logps: Tensor) -> Tensor:
