@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_gopd.gopd.objective import credit, extrapolate, later_credit, token_advantages
+from trl_gopd.gopd.objective import LogitTransform, credit, extrapolate, later_credit, token_advantages
 
 
 EPS = torch.finfo(torch.float32).eps
@@ -299,6 +299,28 @@ class TestExtrapolate:
         )
         expected = torch.tensor([[0.9 * math.exp(0.5), 0.1 * math.exp(-0.5)]])
         torch.testing.assert_close(log_q.exp(), expected / expected.sum(), rtol=0, atol=8 * EPS)
+
+
+class TestLogitTransform:
+    def test_does_nothing_by_default(self, generator):
+        raw = draw(3, 5, generator=generator).bfloat16()
+        logits = LogitTransform()(raw)
+        assert logits.dtype == torch.float32 and torch.equal(logits, raw.float())
+        assert torch.equal(LogitTransform().backward(logits, logits), logits)
+
+    def test_scales_then_caps_then_tempers(self):
+        logits = LogitTransform(scale=0.5, softcap=2.0, temperature=4.0)(torch.tensor([6.0]))
+        expected = torch.tensor([2.0 * math.tanh(0.5 * 6.0 / 2.0) / 4.0])
+        torch.testing.assert_close(logits, expected, rtol=0, atol=4 * EPS)
+
+    @pytest.mark.parametrize("softcap", [None, 2.0])
+    def test_backward_is_autograd(self, generator, softcap):
+        transform = LogitTransform(scale=0.7, softcap=softcap, temperature=1.3)
+        raw, grad = draw(3, 5, generator=generator).requires_grad_(), draw(3, 5, generator=generator)
+        logits = transform(raw)
+        (want,) = torch.autograd.grad((logits * grad).sum(), raw)
+        # a dozen roundings of numbers below 4
+        torch.testing.assert_close(transform.backward(grad, logits.detach()), want, rtol=0, atol=12 * EPS * 4)
 
 
 class TestTabularPolicy:
