@@ -4,11 +4,13 @@
 #   PIP_ARGS     passed to every pip install                     make test PIP_ARGS=--no-cache-dir
 #   TORCH_ARGS   passed to the install of torch alone            "--index-url https://download.pytorch.org/whl/cpu"
 #   PYTEST_ARGS  passed to every pytest                          make test PYTEST_ARGS="-n 4"
+#   MUTANTS      patterns of the mutants to test                 make mutants MUTANTS="trl_gopd.gopd.stratified*"
 
 PYTHON ?= python3
 PIP_ARGS ?=
 TORCH_ARGS ?=
 PYTEST_ARGS ?=
+MUTANTS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,12 +24,13 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q $(PYTEST_ARGS)
 DISTRIBUTED_TESTS := $(wildcard tests/distributed/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow lint format bench clean
+.PHONY: help install demo test slow mutants lint format bench clean
 
 help:
 	@echo "make demo    distil a small model, merge two experts, quantize another, and write demo_out/"
 	@echo "make test    run the tests (without those marked slow)"
 	@echo "make slow    run only the tests marked slow"
+	@echo "make mutants change operators and constants of the pure modules one by one, and see whether a test fails"
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make bench   time one G-OPD training step"
@@ -76,6 +79,13 @@ slow: $(STAMP)
 	fi; \
 	exit $$status
 
+# mutmut keeps what it found in mutants/, so that a run that was stopped goes on, and a changed function alone is tested
+# again. Part of them: make mutants MUTANTS="trl_gopd.gopd.stratified*"
+mutants: $(STAMP)
+	@echo "Testing mutants of the pure modules (an hour on two cores the first time)"
+	@$(TEST_ENV) $(BIN)/mutmut run $(MUTANTS)
+	@$(BIN)/python tools/mutants.py --json docs/results/mutants.json
+
 lint: $(STAMP)
 	@echo "Checking style and types (under a minute)"
 	@$(BIN)/ruff check .
@@ -92,5 +102,5 @@ bench: $(STAMP)
 
 clean:
 	@echo "Removing $(VENV), caches and outputs"
-	@rm -rf $(VENV) build dist *.egg-info demo_out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) build dist *.egg-info demo_out mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find trl_gopd tests examples benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -229,7 +229,8 @@ def _lump(logits: Tensor, asked: Tensor, log_t: Tensor, log_r: Tensor | None) ->
         known &= ~log_r.isneginf()
     # An id that the student does not have gets the index 0, to whose logit 0 is then added.
     index = asked.masked_fill(~is_students, 0)
-    exclude = torch.where((is_students & ~known)[:, :-1], -math.inf, 0.0).to(logits.dtype)
+    is_excluded = (is_students & ~known)[:, :-1]
+    exclude = logits.new_zeros(is_excluded.shape).masked_fill(is_excluded, -math.inf)
     student = logits.scatter_add(1, index[:, :-1], exclude).log_softmax(-1)
     return _Outcomes(
         student=_with_rest(gather_ids(student, asked), known),
