@@ -7,7 +7,7 @@ import pytest
 
 
 MODULES = (
-    *("gopd.objective", "gopd.scoring", "gopd.trainer", "demo.arithmetic"),
+    *("gopd.objective", "gopd.frozen.local", "gopd.trainer", "demo.arithmetic"),
     *("gopd.schedules", "gopd.monitors", "gopd.visualize", "gopd.extrapolation"),
     *("d2quant.packing", "d2quant.linear", "d2quant.topology", "d2quant.config", "d2quant.calibration"),
     "evaluation.resources",

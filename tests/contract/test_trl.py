@@ -12,7 +12,7 @@ from trl.generation.vllm_client import VLLMClient
 
 from trl_gopd.gopd import _trl
 from trl_gopd.gopd.config import GOPDConfig
-from trl_gopd.gopd.served import ServedScorer
+from trl_gopd.gopd.frozen.served import ServedScorer
 
 
 WHERE = f"moved in TRL {trl.__version__}; adapt trl_gopd/gopd/"

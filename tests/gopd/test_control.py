@@ -112,12 +112,21 @@ class TestCredit:
         with pytest.raises(ValueError, match="used for one step with `gopd_estimator='full'` and `gopd_discount=0.5`"):
             make(gopd_discount=0.5, gopd_estimator="full", num_iterations=2)
 
-    def test_skipped_tokens(self, make, models):
-        trainer = make(num_loss_tokens_to_skip=2, gopd_lambda=1.0)
+    @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+    def test_skipped_tokens(self, make, models, loss_type):
+        """They are not counted either: the loss is the negated mean of what is logged as the mean advantage."""
+        trainer = make(num_loss_tokens_to_skip=2, gopd_lambda=1.0, loss_type=loss_type)
         trainer.train()
         s, t, _ = sampled_logps(models, trainer.seen)
-        later = torch.arange(s.size(1)) >= 2
-        assert_policy_gradient(trainer, models, (t - s) * later)
+        mask = trainer.seen["completion_mask"]
+        later = (torch.arange(s.size(1)) >= 2) * mask
+        counts = later.sum(1, keepdim=True).clamp(min=1) if loss_type == "grpo" else later.sum() / len(later)
+        # `assert_policy_gradient` divides by the tokens of each whole row
+        credit = (t - s) * later * mask.sum(1, keepdim=True) / counts
+        assert_policy_gradient(trainer, models, credit)
+        if loss_type == "dapo":
+            log = trainer.state.log_history[0]
+            assert log["loss"] == pytest.approx(-log["gopd/advantage_mean"], rel=1e-5)
 
 
 class TestSchedule:
@@ -143,7 +152,7 @@ class TestSchedule:
         trainer = make(per_device_train_batch_size=8, **options)
         batches = []
         observe = trainer._observe
-        trainer._observe = lambda inputs, *args, **kwargs: (batches.append(inputs), observe(inputs, *args, **kwargs))
+        trainer._observe = lambda estimate, batch: (batches.append(vars(batch)), observe(estimate, batch))
         trainer.train()
         s, t, r = sampled_logps(models, batches[0], reference="base")
         mask = batches[0]["completion_mask"].bool()

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from tests.tiny import build_model
 from trl_gopd.gopd import extrapolation
 from trl_gopd.gopd.extrapolation import ExtrapolatedLogitsProcessor, extrapolate, lambda_effects
-from trl_gopd.gopd.scoring import FrozenModel
+from trl_gopd.gopd.frozen.local import FrozenModel
 
 
 EPS = torch.finfo(torch.float32).eps

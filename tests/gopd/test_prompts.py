@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from tests.gopd.harness import load, log_probs
-from trl_gopd.gopd.trainer import _read_by_teacher
+from trl_gopd.gopd.batch import Batch
 
 
 def solved(row):
@@ -18,7 +18,11 @@ def solved(row):
 
 
 def seen_by_teacher(inputs):
-    return {**inputs, "prompt_ids": inputs["teacher_prompt_ids"], "prompt_mask": inputs["teacher_prompt_mask"]}
+    return {
+        **inputs,
+        "prompt_ids": inputs["gopd_teacher_prompt_ids"],
+        "prompt_mask": inputs["gopd_teacher_prompt_mask"],
+    }
 
 
 def picked(model, inputs):
@@ -26,7 +30,7 @@ def picked(model, inputs):
 
 
 def decoded(tokenizer, inputs):
-    rows = zip(inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"], strict=True)
+    rows = zip(inputs["gopd_teacher_prompt_ids"], inputs["gopd_teacher_prompt_mask"], strict=True)
     return [tokenizer.decode(ids[mask.bool()]) for ids, mask in rows]
 
 
@@ -44,15 +48,15 @@ class TestAlignment:
         trainer = make(ref_model=str(models / "base"), per_device_train_batch_size=8, **padding, **options)
         trainer.train()
         seen = trainer.seen
-        assert len(set(seen["teacher_prompt_mask"].sum(1).tolist())) > 2
+        assert len(set(seen["gopd_teacher_prompt_mask"].sum(1).tolist())) > 2
         assert all("The solution is" in text for text in decoded(tokenizer, seen))
         mask = seen["completion_mask"].bool()
         with torch.no_grad():
             teacher = picked(load(models / "teacher"), seen_by_teacher(seen))
             reference = picked(load(models / "base"), seen)
             without = picked(load(models / "teacher"), seen)
-        torch.testing.assert_close(seen["teacher_logps"][mask], teacher[mask], rtol=0, atol=1e-5)
-        torch.testing.assert_close(seen["reference_logps"][mask], reference[mask], rtol=0, atol=1e-5)
+        torch.testing.assert_close(seen["gopd_teacher_logps"][mask], teacher[mask], rtol=0, atol=1e-5)
+        torch.testing.assert_close(seen["gopd_reference_logps"][mask], reference[mask], rtol=0, atol=1e-5)
         assert (without[mask] - teacher[mask]).abs().max() > 0.05  # the prompt matters
 
     def test_full_estimator_has_the_expected_gradient_of_the_sampled_one(self, make, models, options):
@@ -81,7 +85,7 @@ class TestAlignment:
         with torch.no_grad():
             teacher = load(models / "teacher")
             want = picked(teacher, seen_by_teacher(seen)) - picked(teacher, seen)
-        got = seen["teacher_logps"] - seen["reference_logps"]
+        got = seen["gopd_teacher_logps"] - seen["gopd_reference_logps"]
         torch.testing.assert_close(got[mask], want[mask], rtol=0, atol=2e-5)
 
     def test_only_some_rows(self, make, models, prompts, tokenizer):
@@ -93,7 +97,7 @@ class TestAlignment:
         mask = trainer.seen["completion_mask"].bool()
         with torch.no_grad():
             want = picked(load(models / "teacher"), seen_by_teacher(trainer.seen))
-        torch.testing.assert_close(trainer.seen["teacher_logps"][mask], want[mask], rtol=0, atol=1e-5)
+        torch.testing.assert_close(trainer.seen["gopd_teacher_logps"][mask], want[mask], rtol=0, atol=1e-5)
 
     def test_reuse_and_accumulation(self, make):
         options = {"teacher_prompt": solved, "gopd_lambda": 1.0}
@@ -104,21 +108,24 @@ class TestAlignment:
         for name, gradient in whole.grads.items():
             torch.testing.assert_close(parts.grads[name], gradient, rtol=1e-4, atol=1e-6)
 
-    def test_answers_of_tools_are_seen_and_not_trained_on(self, make):
+    def test_answers_of_tools_are_seen_and_not_trained_on(self):
         completion_mask, tool_mask = torch.tensor([[1, 1, 1, 0]]), torch.tensor([[1, 0, 1, 1]])
-        batch = {
+        inputs = {
             "prompt_ids": torch.tensor([[5]]),
             "prompt_mask": torch.tensor([[1]]),
             "completion_ids": torch.tensor([[6, 7, 8, 0]]),
             "completion_mask": completion_mask,
             "tool_mask": tool_mask,
-            "teacher_prompt_ids": torch.tensor([[0, 3, 4]]),
-            "teacher_prompt_mask": torch.tensor([[0, 1, 1]]),
+            "gopd_teacher_prompt_ids": torch.tensor([[0, 3, 4]]),
+            "gopd_teacher_prompt_mask": torch.tensor([[0, 1, 1]]),
+            **dict.fromkeys(("advantages", "gopd_teacher_index", "gopd_lambda", "gopd_row"), torch.zeros(1)),
         }
-        ids, seen = _read_by_teacher(batch)
-        assert ids.tolist() == [[0, 3, 4, 6, 7, 8, 0]] and seen.tolist() == [[0, 1, 1, 1, 1, 1, 0]]
-        assert make()._loss_mask(batch).tolist() == [[1, 0, 1, 0]]
-        assert make(num_loss_tokens_to_skip=1)._loss_mask(batch).tolist() == [[0, 0, 1, 0]]
+        batch = Batch.from_trl(inputs)
+        read = batch.read_by_teacher
+        assert read.input_ids.tolist() == [[0, 3, 4, 6, 7, 8, 0]]
+        assert read.attention_mask.tolist() == [[0, 1, 1, 1, 1, 1, 0]]
+        assert read.scored.tolist() == [[True, False, True, False]]
+        assert batch.loss_mask.tolist() == [[1, 0, 1, 0]]
 
 
 class TestRendering:
@@ -159,7 +166,7 @@ class TestRendering:
     def test_by_teacher(self, several, tokenizer, prompts):
         trainer = several(teacher_prompt={"code": solved}, per_device_train_batch_size=8)
         trainer.train()
-        for owner, text in zip(trainer.seen["teacher_index"], decoded(tokenizer, trainer.seen), strict=True):
+        for owner, text in zip(trainer.seen["gopd_teacher_index"], decoded(tokenizer, trainer.seen), strict=True):
             assert ("solution" in text) == bool(owner)
 
 
@@ -182,8 +189,9 @@ class TestOverlong:
         )
         trainer.train()
         seen = trainer.seen
-        assert 0 < (seen["is_readable"] == 0).sum() < 16
-        student, readable = load(models / "student"), seen["is_readable"].float()
+        readable = seen["tool_mask"].any(1).float()
+        assert 0 < (readable == 0).sum() < 16
+        student = load(models / "student")
         log_s, mask = log_probs(student, seen), seen["completion_mask"].float()
         with torch.no_grad():
             log_t = log_probs(load(models / "teacher"), seen)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_gopd.gopd.state import is_same_identity
+from trl_gopd.gopd.frozen.identity import is_same_identity
 
 
 BASE = {"name": "base", "revision": None}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.gopd.harness import Recording, load, log_probs
 from tests.tiny import LORA, build_model, build_tokenizer
-from trl_gopd.gopd.teachers import StudentAdapter
+from trl_gopd.gopd.frozen.adapter import AdapterScorer
 from trl_gopd.gopd.trainer import GOPDTrainer
 
 
@@ -143,7 +143,7 @@ class TestReference:
     def test_lambda_one_never_touches_it(self, make, models, monkeypatch):
         with pytest.warns(UserWarning, match="`ref_model` is not loaded"):
             given = make(gopd_lambda=1.0, ref_model=str(models / "base"), max_steps=3)
-        monkeypatch.setattr(StudentAdapter, "switched", lambda self: pytest.fail("the reference was called"))
+        monkeypatch.setattr(AdapterScorer, "switched", lambda self: pytest.fail("the reference was called"))
         given.train()
         plain = make(gopd_lambda=1.0, max_steps=3)  # made now: the constructor seeds, and training draws
         plain.train()
@@ -162,12 +162,12 @@ class TestReference:
         assert torch.equal(trainer.references[None].inner.model.lm_head.weight, start.lm_head.weight)
         want = log_probs(start, trainer.seen).gather(-1, trainer.seen["completion_ids"].unsqueeze(-1)).squeeze(-1)
         mask = trainer.seen["completion_mask"].bool()
-        torch.testing.assert_close(trainer.seen["reference_logps"][mask], want[mask], rtol=0, atol=1e-5)
+        torch.testing.assert_close(trainer.seen["gopd_reference_logps"][mask], want[mask], rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("estimator", ["sampled", "full"])
     def test_fresh_lora_is_switched_off(self, make, models, estimator):
         trainer = make(peft_config=LoraConfig(**LORA), max_steps=3, gopd_estimator=estimator)
-        assert isinstance(trainer.references[None], StudentAdapter)
+        assert isinstance(trainer.references[None], AdapterScorer)
         trainer.train()
         base = load(models / "student")
         merged = copy.deepcopy(trainer.model).merge_and_unload()
@@ -177,7 +177,7 @@ class TestReference:
             ids = trainer.seen["completion_ids"].unsqueeze(-1)
             want = log_probs(base, trainer.seen).gather(-1, ids).squeeze(-1)
             mask = trainer.seen["completion_mask"].bool()
-            torch.testing.assert_close(trainer.seen["reference_logps"][mask], want[mask], rtol=0, atol=1e-5)
+            torch.testing.assert_close(trainer.seen["gopd_reference_logps"][mask], want[mask], rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("estimator", ["sampled", "full"])
     def test_lora_gradient_uses_teacher_and_reference(self, make, models, estimator):
@@ -211,7 +211,7 @@ class TestReference:
         ids = trainer.seen["completion_ids"].unsqueeze(-1)
         want = log_probs(start, trainer.seen).gather(-1, ids).squeeze(-1)
         mask = trainer.seen["completion_mask"].bool()
-        torch.testing.assert_close(trainer.seen["reference_logps"][mask], want[mask], rtol=0, atol=1e-5)
+        torch.testing.assert_close(trainer.seen["gopd_reference_logps"][mask], want[mask], rtol=0, atol=1e-5)
         trainable = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
         assert trainable and not any(".ref." in name for name in trainable)
 
@@ -238,7 +238,7 @@ class TestTeacher:
         ids = trainer.seen["completion_ids"].unsqueeze(-1)
         want = log_probs(model, trainer.seen).gather(-1, ids).squeeze(-1)
         mask = trainer.seen["completion_mask"].bool()
-        return trainer.seen["teacher_logps"][mask], want[mask]
+        return trainer.seen["gopd_teacher_logps"][mask], want[mask]
 
     def test_path_and_instance_agree(self, make, models):
         by_path = make(max_steps=2)
@@ -519,11 +519,12 @@ class TestRun:
 
     def test_missed_hook_raises(self, make, monkeypatch):
         trainer = make()
+        trainer.train()
         monkeypatch.setattr(
             "trl.GRPOTrainer._compute_loss", lambda self, model, inputs: inputs["advantages"].sum() * 0
         )
         with pytest.raises(RuntimeError, match="without asking for log-probabilities first.*trl>=1.16"):
-            trainer._compute_loss(trainer.model, {"advantages": torch.zeros(1)})
+            trainer._compute_loss(trainer.model, trainer.seen)
 
 
 class TestBadInput:

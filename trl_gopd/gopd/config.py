@@ -18,7 +18,7 @@ SAMPLED_LOSS_TYPES = (*FULL_LOSS_TYPES, "cispo", "sapo", "vespo")
 
 
 @dataclass
-class GOPDConfig(GRPOConfig):
+class GOPDConfig(GRPOConfig):  # type: ignore[misc]
     # docstyle-ignore
     r"""
     Configuration class for the [`GOPDTrainer`].
@@ -275,7 +275,7 @@ class GOPDConfig(GRPOConfig):
         default=None, metadata={"help": "Keyword arguments of `from_pretrained` for the reference."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_generations is None or self.num_generations < 1:
             raise ValueError(f"`num_generations` must be at least 1, got {self.num_generations}. Use 1.")
         if self.num_generations == 1:
@@ -286,7 +286,7 @@ class GOPDConfig(GRPOConfig):
         self._check_objective()
         self._check_grpo_options()
 
-    def _check_objective(self):
+    def _check_objective(self) -> None:
         # the chained comparisons also refuse NaN
         if not 0 <= self.gopd_lambda < math.inf:
             raise ValueError(f"`gopd_lambda` must be finite and >= 0, got {self.gopd_lambda}. Use 1.0 for plain OPD.")
@@ -349,17 +349,18 @@ class GOPDConfig(GRPOConfig):
 
     def build_lambda_schedule(self) -> LambdaSchedule:
         """The schedule of λ that the fields describe."""
+        back_off: Any = self.gopd_back_off  # text has been parsed by now
         try:
             return LambdaSchedule(
                 self.gopd_lambda_schedule,
                 warmup_steps=self.gopd_lambda_warmup_steps,
                 gain=self.gopd_lambda_gain,
-                back_off=None if self.gopd_back_off is None else BackOff(**self.gopd_back_off),
+                back_off=None if back_off is None else BackOff(**back_off),
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"The schedule of λ (`gopd_lambda_schedule`, `gopd_back_off`): {error}") from error
 
-    def _check_grpo_options(self):
+    def _check_grpo_options(self) -> None:
         refused = {
             "importance_sampling_level": (
                 self.importance_sampling_level != "token",

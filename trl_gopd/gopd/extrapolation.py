@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
+from .frozen.local import FrozenModel, project
 from .objective import expectation, implicit_rewards
-from .scoring import FrozenModel, project
 
 
 # Rules of thumb; no paper gives them.

@@ -38,7 +38,10 @@ from transformers import (
 
 import trl_gopd
 
+from .batch import Sequences
 from .extrapolation import DETERMINISTIC, ExtrapolatedLogitsProcessor, lambda_effects
+from .frozen.local import LocalScorer, evaluation_mode
+from .frozen.tokenizers import check_tokenizer
 from .objective import chunk_slices
 from .preflight_report import (
     CLIPS,
@@ -52,8 +55,6 @@ from .preflight_report import (
     recommend,
 )
 from .rollouts import pad_ids
-from .scoring import evaluation_mode
-from .teachers import Frozen, check_tokenizer
 
 
 __all__ = ["PreflightReport", "load_prompts", "preflight"]
@@ -278,8 +279,8 @@ def load_prompts(prompts: Any, *, split: str = "train", name: str | None = None)
 class _Run:
     """The models, placed and checked, with what all steps share."""
 
-    teacher: Frozen
-    reference: Frozen
+    teacher: LocalScorer
+    reference: LocalScorer
     tokenizer: Any
     prompt_ids: list[list[int]]
     vocab_size: int  # ids that all models have
@@ -290,7 +291,7 @@ class _Run:
     batch_size: int
     chunk_size: int
 
-    def sample(self, sampler: Frozen, title: str, gopd_lambda: float = 1.0) -> list[list[int]]:
+    def sample(self, sampler: LocalScorer, title: str, gopd_lambda: float = 1.0) -> list[list[int]]:
         """One completion a prompt from q_λ, with `sampler` in the teacher's place; ends are included."""
         base = sampler.inner.base
         device = base.get_input_embeddings().weight.device
@@ -573,16 +574,16 @@ def _load(given: dict[str, str | nn.Module], init_kwargs: dict[str, Any] | None)
     return models
 
 
-def _freeze(model: nn.Module, role: str, temperature: float, batch_size: int, chunk_size: int) -> Frozen:
-    # What `Frozen` asks of an accelerator. A real one would leave global state behind, which decides for the trainer.
+def _freeze(model: nn.Module, role: str, temperature: float, batch_size: int, chunk_size: int) -> LocalScorer:
+    # What `LocalScorer` asks of an accelerator. A real one would leave global state behind, which the trainer reads.
     device = (model.get_base_model() if hasattr(model, "get_base_model") else model).device
     alone = SimpleNamespace(device=device, state=SimpleNamespace(deepspeed_plugin=None), autocast=nullcontext)
-    return Frozen(
+    return LocalScorer(
         model, accelerator=alone, temperature=temperature, batch_size=batch_size, chunk_size=chunk_size, role=role
     )
 
 
-def _check_context(frozen: dict[str, Frozen], prompt_ids: list[list[int]], max_completion_length: int) -> None:
+def _check_context(frozen: dict[str, LocalScorer], prompt_ids: list[list[int]], max_completion_length: int) -> None:
     longest = max(map(len, prompt_ids))
     for role, each in frozen.items():
         context = getattr(each.inner.config.get_text_config(), "max_position_embeddings", None)
@@ -627,14 +628,16 @@ def _blank_generation_config(base: PreTrainedModel) -> Iterator[None]:
         base.generation_config = own
 
 
-def _device(frozen: Frozen) -> torch.device:
+def _device(frozen: LocalScorer) -> torch.device:
     return frozen.inner.base.get_input_embeddings().weight.device
 
 
-def _hidden(frozen: Frozen, ids: Tensor, mask: Tensor) -> Tensor:
+def _hidden(frozen: LocalScorer, ids: Tensor, mask: Tensor) -> Tensor:
     """Hidden states `(B, L - 1, D)` that predict every id after the first."""
     device = _device(frozen)
-    return frozen.hidden(ids.to(device), mask.to(device), ids.size(1) - 1).to(device)
+    ids, mask = ids.to(device), mask.to(device)
+    everything = Sequences(ids, mask, torch.ones_like(ids[:, 1:], dtype=torch.bool))
+    return frozen.hidden(everything).view(len(ids), ids.size(1) - 1, -1).to(device)
 
 
 def _name_of(given: Any) -> str:

@@ -4,11 +4,29 @@ chat template. The completion's ids stay the student's, so that each is scored a
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class RenderedPrompts:
+    """
+    The prompts that the teachers of a batch read.
+
+    Args:
+        prompt_ids, prompt_mask (`torch.Tensor` of shape `(B, P')`):
+            Ids, padded left, and 1 where there is one.
+        is_readable (`torch.Tensor` of shape `(B,)`):
+            0 for a row that its teacher cannot read and that is left out of the loss.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    is_readable: Tensor
 
 
 class TeacherPrompts:
@@ -64,9 +82,9 @@ class TeacherPrompts:
         prompt_ids: Tensor,
         prompt_mask: Tensor,
         completion_mask: Tensor,
-    ) -> dict[str, Tensor]:
+    ) -> RenderedPrompts | None:
         """
-        The prompts of a batch.
+        The prompts of a batch, or `None` if all teachers read what the student reads.
 
         Args:
             rows (`Sequence[Mapping]`):
@@ -79,23 +97,22 @@ class TeacherPrompts:
                 1 where a completion has a token.
 
         Returns:
-            `dict[str, torch.Tensor]`: empty if all teachers read what the student reads. Otherwise
-            `teacher_prompt_ids` and `teacher_prompt_mask` of shape `(B, P')`, padded left, and `is_readable` of shape
-            `(B,)`, 0 for a row that its teacher cannot read and that is left out; it has the student's prompt instead.
+            [`RenderedPrompts`], in which a row that is left out has the student's prompt.
 
         Raises:
             `ValueError`: if a prompt and its completion exceed a teacher's context, unless such rows are dropped.
         """
         rendered = [self._render(row, teacher_id) for row, teacher_id in zip(rows, teacher_ids, strict=True)]
         if all(ids is None for ids in rendered):
-            return {}
+            return None
         lengths = completion_mask.sum(1).tolist()
-        prompts, is_readable = [], []
+        prompts: list[Tensor] = []
+        is_readable = []
         for number, ids in enumerate(rendered):
             own = prompt_ids[number][prompt_mask[number].bool()]
             context = self.contexts[teacher_ids[number]]
             fits = ids is None or context is None or len(ids) + lengths[number] <= context
-            if not fits and not self.drops_overlong:
+            if ids is not None and not fits and not self.drops_overlong:
                 raise ValueError(
                     f"The teacher's prompt for the row with the prompt {rows[number]['prompt']!r} has {len(ids)} "
                     f"tokens, which with the {lengths[number]} of the completion exceed its context of {context}. "
@@ -106,14 +123,12 @@ class TeacherPrompts:
         width = max(map(len, prompts))
         padded = prompt_ids.new_full((len(prompts), width), int(self.tokenizer.pad_token_id))
         mask = prompt_mask.new_zeros(padded.shape)
-        for number, ids in enumerate(prompts):
-            padded[number, width - len(ids) :] = ids
-            mask[number, width - len(ids) :] = 1
-        return {
-            "teacher_prompt_ids": padded,
-            "teacher_prompt_mask": mask,
-            "is_readable": torch.tensor(is_readable, dtype=prompt_mask.dtype, device=prompt_mask.device),
-        }
+        for number, prompt in enumerate(prompts):
+            padded[number, width - len(prompt) :] = prompt
+            mask[number, width - len(prompt) :] = 1
+        return RenderedPrompts(
+            padded, mask, torch.tensor(is_readable, dtype=prompt_mask.dtype, device=prompt_mask.device)
+        )
 
     def _render(self, row: Mapping[str, Any], teacher_id: str | None) -> list[int] | None:
         if teacher_id in self.functions:

@@ -1,19 +1,11 @@
-"""
-Which teacher, reference and λ a row has, and the models of one role as a panel of which each scores its own rows.
-
-Under ZeRO-3 and FSDP a frozen model is sharded, and every rank must call it equally often. That holds for one that
-scores all rows, since batches and micro-batches have the same number of rows on all ranks. One that scores some of the
-rows is given as many on every rank as on the rank that has most.
-"""
+"""Which teacher, which reference and which λ a row has."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from .teachers import Scorer
+from torch import Tensor
 
 
 class Routing:
@@ -31,7 +23,7 @@ class Routing:
         `TypeError`, `ValueError`: if the ids do not fit together.
     """
 
-    def __init__(self, teacher_model, ref_model, args):
+    def __init__(self, teacher_model: Any, ref_model: Any, args: Any) -> None:
         several = isinstance(teacher_model, Mapping)
         self.teachers: dict[str | None, Any] = dict(teacher_model) if several else {None: teacher_model}
         if several and not (
@@ -89,16 +81,11 @@ class Routing:
         return self._has_lambda_column or not bool((self.lambdas == 1).all())
 
     @property
-    def given(self) -> list[Any]:
-        """The teachers, and the references if they are used, as the user gave them."""
-        return [*self.teachers.values(), *(self.references.values() if self.uses_reference else ())]
-
-    @property
     def uses_start(self) -> bool:
         """Whether the student's start is a reference."""
         return self.uses_reference and any(given is None for given in self.references.values())
 
-    def check_dataset(self, dataset, name: str) -> None:
+    def check_dataset(self, dataset: Any, name: str) -> None:
         """Raises `ValueError` for a row without a known teacher or with a λ that is none, where that can be seen."""
         columns = getattr(dataset, "column_names", None)
         if not isinstance(columns, list):
@@ -117,7 +104,7 @@ class Routing:
                 for number, value in enumerate(dataset[self._lambda_column]):
                     self._lambda(value, f"row {number} of `{name}`")
 
-    def rows(self, inputs: Sequence[Mapping[str, Any]], device=None) -> tuple[Tensor, Tensor]:
+    def rows(self, inputs: Sequence[Mapping[str, Any]], device: Any = None) -> tuple[Tensor, Tensor]:
         """Index of the teacher, int64, and λ, float32, of each row: both of shape `(B,)`."""
         owners, lambdas = [], []
         for row in inputs:
@@ -144,109 +131,3 @@ class Routing:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise ValueError(f"`{self._lambda_column}` must be a finite number >= 0, got {value!r} in {where}.")
         return float(value)
-
-
-class Panel:
-    """
-    The frozen models in one role. Each row of a batch belongs to one of them, and is scored by that alone.
-
-    Args:
-        scorers (`Sequence[Scorer]`):
-            The models by owner; one that is there several times is called once.
-        accelerator ([`~accelerate.Accelerator`]):
-            Says how the run is distributed.
-    """
-
-    def __init__(self, scorers: Sequence[Scorer], accelerator):
-        self.scorers = list(dict.fromkeys(scorers))
-        self._index = torch.tensor([self.scorers.index(scorer) for scorer in scorers])
-        self.accelerator = accelerator
-
-    @property
-    def heads(self) -> list[nn.Module]:
-        """Output heads of all models."""
-        return [scorer.head for scorer in self.scorers]
-
-    def _groups(self, owners: Tensor) -> Iterator[tuple[Scorer, Tensor, int]]:
-        """Models that have to be called, the rows to call them with, and how many of these are their own."""
-        if len(self.scorers) == 1:
-            yield self.scorers[0], torch.arange(len(owners), device=owners.device), len(owners)
-            return
-        index = self._index.to(owners.device)[owners]
-        for number, scorer in enumerate(self.scorers):
-            rows = (index == number).nonzero().squeeze(1)
-            count = called = len(rows)
-            if scorer.is_sharded:
-                called = int(self.accelerator.gather(rows.new_tensor([count])).max())
-            if called:
-                # Any row will do to keep in step with the rank that has most.
-                yield scorer, torch.cat([rows, rows.new_zeros(called - count)]), count
-
-    def score(self, owners: Tensor, input_ids: Tensor, attention_mask: Tensor, completion_ids: Tensor) -> Tensor:
-        """
-        Log-probabilities of the completions.
-
-        Args:
-            owners (`torch.Tensor` of shape `(B,)`):
-                Which of the models a row belongs to.
-            input_ids (`torch.Tensor` of shape `(B, L)`), attention_mask (`torch.Tensor` of shape `(B, L)`):
-                Prompts, padded left, and completions, padded right.
-            completion_ids (`torch.Tensor` of shape `(B, T)`):
-                The last `T` columns of `input_ids`.
-
-        Returns:
-            `torch.Tensor` of shape `(B, T)`: float32 nats.
-        """
-        result = torch.empty(completion_ids.shape, dtype=torch.float32, device=completion_ids.device)
-        for scorer, rows, count in self._groups(owners):
-            logps = scorer.score(input_ids[rows], attention_mask[rows], completion_ids[rows])
-            result[rows[:count]] = logps[:count]
-        return result
-
-    def score_top(
-        self, owners: Tensor, input_ids: Tensor, attention_mask: Tensor, completion_ids: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`ServedScorer.score_top` of rows that belong to models on servers; arguments as for `score`."""
-        groups = list(self._groups(owners))
-        parts = [s.score_top(input_ids[rows], attention_mask[rows], completion_ids[rows]) for s, rows, _ in groups]
-        back = torch.cat([rows for _, rows, _ in groups]).argsort()
-        logps, ids, top_logps = (torch.cat(part)[back] for part in zip(*parts, strict=True))
-        return logps, ids, top_logps
-
-    def targets(
-        self, owners: Tensor, input_ids: Tensor, attention_mask: Tensor, tokens: Tensor
-    ) -> Callable[[slice], Tensor]:
-        """
-        The distributions of the models at the tokens of a batch.
-
-        Args:
-            owners, input_ids, attention_mask:
-                As for `score`.
-            tokens (`torch.Tensor` of shape `(B, T)`):
-                Which of the last `T` tokens are meant, N of them.
-
-        Returns:
-            `Callable`: from a slice of the N tokens, in the order of `tokens`, to tempered float32 logits `(n, V)`
-            over the ids that all models have.
-        """
-        numbers = torch.zeros(tokens.shape, dtype=torch.long, device=tokens.device)
-        numbers[tokens] = torch.arange(int(tokens.sum()), device=tokens.device)
-        parts = []
-        for scorer, rows, count in self._groups(owners):
-            own = rows[:count]
-            hidden = scorer.hidden(input_ids[rows], attention_mask[rows], tokens.size(1))[:count]
-            parts.append((scorer, hidden[tokens[own]], numbers[own][tokens[own]]))
-        width = min(scorer.vocab_size for scorer in self.scorers)
-
-        def logits(rows: slice) -> Tensor:
-            pieces, places = [], []
-            for scorer, hidden, positions in parts:  # positions ascend, so those of a slice are neighbours
-                first, last = torch.searchsorted(positions, positions.new_tensor([rows.start, rows.stop])).tolist()
-                if first < last:
-                    pieces.append(scorer.logits(hidden[first:last])[:, :width])
-                    places.append(positions[first:last] - rows.start)
-            if len(pieces) == 1:
-                return pieces[0]
-            return torch.cat(pieces)[torch.cat(places).argsort()]
-
-        return logits

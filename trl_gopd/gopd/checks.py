@@ -1,0 +1,62 @@
+"""Checks of what a trainer was given, before anything is loaded or changed."""
+
+from typing import Any
+
+from transformers.utils import is_peft_available
+
+from .config import GOPDConfig
+
+
+if is_peft_available():
+    from peft import PeftModel, PromptLearningConfig
+
+
+def check_arguments(args: Any, *, has_rewards: bool, uses_tools: bool) -> None:
+    """
+    Raises for a configuration that does not go with the other arguments of the trainer.
+
+    Args:
+        args ([`GOPDConfig`]):
+            Configuration of the run.
+        has_rewards (`bool`):
+            Whether there are task rewards.
+        uses_tools (`bool`):
+            Whether the student may call tools or act in an environment.
+    """
+    if not isinstance(args, GOPDConfig):
+        raise TypeError(f"`args` must be a `GOPDConfig`, got {type(args).__name__}. Build one with the same fields.")
+    if args.use_stored_completions and uses_tools:
+        raise ValueError("`use_stored_completions` samples nothing, so there is no turn for tools. Drop them.")
+    if has_rewards and (args.num_generations or 1) < 2:
+        raise ValueError(
+            "`reward_funcs` with `num_generations=1` have no effect, since GRPO compares the completions of one "
+            "prompt. Use `num_generations` of at least 2, or drop `reward_funcs`."
+        )
+    if has_rewards and args.gopd_estimator != "sampled":
+        raise ValueError(
+            "`reward_funcs` act on the log-probabilities of the sampled tokens, which "
+            f"`gopd_estimator={args.gopd_estimator!r}` does not train. Use 'sampled'."
+        )
+
+
+def check_dataset(dataset: Any, name: str) -> None:
+    """Raises `ValueError` for a data set without rows, without prompts or with images."""
+    columns = getattr(dataset, "column_names", None)
+    if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty. Give at least one row with a `prompt`.")
+    if isinstance(columns, list) and "prompt" not in columns:
+        raise ValueError(f"`{name}` needs a column `prompt`, a string or a list of messages; it has {columns}.")
+    for column in ("image", "images"):
+        if isinstance(columns, list) and column in columns:
+            raise ValueError(f"`{name}` has the column `{column}`, but frozen models score text only. Drop it.")
+
+
+def check_student(model: Any, args: GOPDConfig) -> None:
+    """Raises `ValueError` for a student that the estimator cannot train."""
+    if not is_peft_available() or not isinstance(model, PeftModel):
+        return
+    if args.gopd_estimator != "sampled" and isinstance(model.active_peft_config, PromptLearningConfig):
+        raise ValueError(
+            f"Prompt-learning adapters are not supported by `gopd_estimator={args.gopd_estimator!r}`, which "
+            "calls the backbone. Use 'sampled', or a LoRA adapter."
+        )
