@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gopd_step import environment
-from trl_gopd.gopd.objective import extrapolated_divergence, log_probs_at, stratified_divergence, token_advantages
+from trl_gopd.gopd.divergence import extrapolated_divergence
+from trl_gopd.gopd.objective import token_advantages
+from trl_gopd.gopd.stratified import log_probs_at, stratified_divergence
 
 
 LAMBDAS = (1.0, 1.25)

@@ -26,7 +26,7 @@ PACKAGE = Path(trl_gopd.__file__).parent
 HEAVY = ("torch", "transformers", "trl", "datasets", "accelerate", "peft")
 # For each package, the rooms that import torch, the standard library and each other.
 PURE = {
-    "trl_gopd.gopd": ("objective", "monitors", "schedules", "visualize"),
+    "trl_gopd.gopd": ("objective", "divergence", "stratified", "monitors", "schedules", "visualize"),
     "trl_gopd.d2quant": ("grids", "packing", "rounding", "correction"),
 }
 TRL_SEAM = "trl_gopd.gopd._trl"

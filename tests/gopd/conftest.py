@@ -1,14 +1,13 @@
-"""Builders of trainers on the tiny models."""
+"""Builders of trainers on the tiny models. TRL is imported by the fixtures, so that pure tests do not wait for it."""
 
 import pytest
-
-from tests.gopd.harness import IDS, TRAINER_ARGUMENTS, Recording
-from trl_gopd.gopd.config import GOPDConfig
 
 
 @pytest.fixture
 def make(models, tmp_path, prompts, tokenizer):
     """Builds a trainer; keyword arguments go to the trainer or to the configuration."""
+    from tests.gopd.harness import TRAINER_ARGUMENTS, Recording
+    from trl_gopd.gopd.config import GOPDConfig
 
     def build(cls=Recording, model=None, **kwargs):
         arguments = {name: kwargs.pop(name) for name in TRAINER_ARGUMENTS if name in kwargs}
@@ -44,6 +43,8 @@ def make(models, tmp_path, prompts, tokenizer):
 
 @pytest.fixture
 def routed(prompts):
+    from tests.gopd.harness import IDS
+
     return prompts.add_column("teacher_id", IDS)
 
 

@@ -6,7 +6,6 @@ The target q_λ: its closed forms on small vocabularies, and `generate` sampling
 - Decoding step by step equals the mix of both models' logits on the whole sequence, for rows padded left.
 """
 
-import doctest
 import math
 
 import pytest
@@ -16,9 +15,9 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from tests.tiny import build_model
-from trl_gopd.gopd import extrapolation
-from trl_gopd.gopd.extrapolation import ExtrapolatedLogitsProcessor, extrapolate, lambda_effects
+from trl_gopd.gopd.extrapolation import ExtrapolatedLogitsProcessor, lambda_effects
 from trl_gopd.gopd.frozen.local import FrozenModel
+from trl_gopd.gopd.objective import extrapolate
 
 
 EPS = torch.finfo(torch.float32).eps
@@ -32,11 +31,6 @@ def logps(generator, rows=4, vocab=37):
 
 def effects(teacher, reference, lambdas, eos_ids=()):
     return lambda_effects(teacher_logps=teacher, reference_logps=reference, lambdas=lambdas, eos_ids=eos_ids)
-
-
-def test_docstring_example():
-    result = doctest.testmod(extrapolation)
-    assert result.attempted > 0 and result.failed == 0
 
 
 class TestExtrapolate:

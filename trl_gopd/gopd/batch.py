@@ -137,6 +137,17 @@ class Batch:
         )
 
     @property
+    def ratio(self) -> Tensor | None:
+        """Importance weights of the tokens `(B, T)` or of whole sequences `(B, 1)`, whoever multiplies by them."""
+        return self.sampler_ratio if self.stored_ratio is None else self.stored_ratio
+
+    @property
+    def token_ratio(self) -> Tensor | None:
+        """Importance weights of the tokens `(B, T)`; `None` if there are none, or one a sequence."""
+        ratio = self.ratio
+        return ratio if ratio is not None and ratio.shape == self.loss_mask.shape else None
+
+    @property
     def read_by_student(self) -> Sequences:
         """Prompts and completions as the student and the reference read them."""
         return self._after(self.prompt_ids, self.prompt_mask)

@@ -1,7 +1,7 @@
 """
 The target of G-OPD at one state, q_λ = softmax(λ·z* + (1 − λ)·z_ref) of eq. 12 of
-[G-OPD](https://huggingface.co/papers/2602.12125): as log-probabilities, measured against the teacher, and as a law to
-sample from. All of it needs teacher and reference alone.
+[G-OPD](https://huggingface.co/papers/2602.12125), measured against the teacher, and as a distribution that `generate`
+samples from. Both need the teacher and the reference alone.
 """
 
 import inspect
@@ -14,49 +14,12 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 
 from .frozen.local import FrozenModel, project
-from .objective import expectation, implicit_rewards
+from .objective import expectation, extrapolate
 
 
 # Rules of thumb; no paper gives them.
 OFF_TEACHER = 1e-3  # the teacher finds an id unlikely below this probability
 DETERMINISTIC = 0.9  # and is nearly certain of one above this
-
-
-def extrapolate(*, teacher_logps: Tensor, reference_logps: Tensor, gopd_lambda: float) -> tuple[Tensor, Tensor]:
-    """
-    The target q_λ = T^λ R^(1−λ) / Z_λ of eq. 12 of [G-OPD](https://huggingface.co/papers/2602.12125) at each state.
-
-    Args:
-        teacher_logps (`torch.Tensor` of shape `(..., V)`):
-            Normalised log-probabilities T, nats. An id to which T gives 0 has none under q_λ either, at λ = 0 too.
-        reference_logps (`torch.Tensor` of shape `(..., V)`):
-            Normalised log-probabilities R, nats.
-        gopd_lambda (`float`):
-            λ.
-
-    Returns:
-        `tuple` of `torch.Tensor`: log q_λ `(..., V)` and log Z_λ `(...)`, float32 nats, detached.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from trl_gopd.gopd.extrapolation import extrapolate
-    >>> teacher, reference = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
-    >>> logps, _ = extrapolate(teacher_logps=teacher.log(), reference_logps=reference.log(), gopd_lambda=1.25)
-    >>> logps.exp()
-    tensor([0.5780, 0.2758, 0.1462])
-
-    ```
-    """
-    teacher = teacher_logps.detach().float()
-    if gopd_lambda == 1:  # exact, where a sum of exponentials would leave a rounding error
-        return teacher, teacher.new_zeros(teacher.shape[:-1])
-    rewards = implicit_rewards(teacher_logps=teacher, reference_logps=reference_logps)
-    # Where both give 0 the reward is NaN.
-    joint = (teacher + (gopd_lambda - 1) * rewards).masked_fill(teacher == -math.inf, -math.inf)
-    log_z = joint.logsumexp(-1)
-    return joint - log_z.unsqueeze(-1), log_z
 
 
 def lambda_effects(

@@ -1,10 +1,10 @@
 """
-Signs that a student goes wrong: completions that do not end, repeat themselves or change in length, pressure on the
-end of sequence, and what each token was rewarded with.
+Signs that training goes wrong: completions that do not end, repeat themselves or change in length, pressure on the end
+of sequence, and the reward of each token.
 
-Everything here looks at what one process has and returns something that processes can add (`masked_sum`) or gather
-(rows); nothing communicates. A mask is 1 where a token counts; what the other tensors hold elsewhere is never seen.
-Divergences, advantages and the share of clipped rewards are measured where they are computed, in the trainer.
+The functions read the tensors of one process and return something that processes can add (`masked_sum`) or gather
+(rows); they do not communicate. A mask is 1 where a token counts, and what other tensors hold elsewhere is ignored.
+Divergences, advantages and the fraction of clipped rewards are measured where they are computed, in the trainer.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from torch import Tensor
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """
-    Sum of `values` where `mask` is set, and how many those are: added over micro-batches and ranks, the first over the
-    second is the mean.
+    Sum of `values` where `mask` is set, and their number. Summed over micro-batches and ranks, the ratio of the two is
+    the mean.
 
     Args:
         values (`torch.Tensor`):
@@ -34,19 +34,19 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
 
 def is_eos(completion_ids: Tensor, mask: Tensor, eos_token_ids: int | Sequence[int]) -> Tensor:
     """
-    Where a sequence is ended, as a mask for `masked_sum`.
+    Tokens that end a sequence, as a mask for `masked_sum`.
 
-    The mean of log π* − log π_ref over these tokens is the earliest sign of a length bias: extrapolation weighs it
-    with λ − 1, so a teacher that ends later than its reference makes a student that ends later still, long before its
-    completions have grown. The mean of their advantages is the whole pressure.
+    The mean of log π* − log π_ref over these tokens is the earliest sign of a length bias. Extrapolation weighs it by
+    λ − 1, so a teacher that ends later than its reference makes the student end later still, and the mean shows that
+    before the completions have grown. The mean of their advantages is the total pressure on the end.
 
     Args:
         completion_ids (`torch.Tensor` of shape `(B, T)`):
             Sampled ids.
         mask (`torch.Tensor` of shape `(B, T)`):
-            1 where a token counts. It tells an end from padding where both have the same id.
+            1 where a token counts. It distinguishes an end from padding where both have the same id.
         eos_token_ids (`int` or `Sequence[int]`):
-            The id, or all ids, that end a sequence.
+            The id or ids that end a sequence.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`: bool.
@@ -57,10 +57,10 @@ def is_eos(completion_ids: Tensor, mask: Tensor, eos_token_ids: int | Sequence[i
 
 def is_truncated(completion_ids: Tensor, mask: Tensor, eos_token_ids: int | Sequence[int]) -> Tensor:
     """
-    Whether the last token of a completion is not an end, which is how one looks that ran into the length limit.
+    Whether the last token of a completion is not an end, as in a completion that reached the length limit.
 
-    Turns of a conversation end too, so an end anywhere else does not count. A completion without a token is truncated:
-    `mask_truncated_completions` empties the mask of those that are.
+    Turns of a conversation end too, so an end that is not the last token does not count. A completion without a token
+    is truncated, because `mask_truncated_completions` empties the mask of truncated ones.
 
     Args:
         completion_ids (`torch.Tensor` of shape `(B, T)`):
@@ -68,25 +68,27 @@ def is_truncated(completion_ids: Tensor, mask: Tensor, eos_token_ids: int | Sequ
         mask (`torch.Tensor` of shape `(B, T)`):
             1 for all tokens of the completion, those that tools wrote included.
         eos_token_ids (`int` or `Sequence[int]`):
-            The id, or all ids, that end a sequence.
+            The id or ids that end a sequence.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: bool.
     """
     counted = mask.bool()
-    is_last = counted.cumsum(1) == counted.sum(1, keepdim=True)  # and what is masked after it, which is no end
+    is_last = counted.cumsum(1) == counted.sum(
+        1, keepdim=True
+    )  # also true of masked tokens after it, which are no end
     return ~(is_eos(completion_ids, mask, eos_token_ids) & is_last).any(1)
 
 
 def repetition(completion_ids: Tensor, mask: Tensor, n: int = 4) -> Tensor:
     """
-    Share of a completion's n-grams that it has had before: 1 − distinct / all.
+    Fraction of a completion's n-grams that occurred in it before: 1 − distinct / all.
 
     Args:
         completion_ids (`torch.Tensor` of shape `(B, T)`):
             Sampled ids, 0 or greater where they count.
         mask (`torch.Tensor` of shape `(B, T)`):
-            1 where a token counts. An n-gram does not reach over a gap in it.
+            1 where a token counts. No n-gram spans a gap in it.
         n (`int`, *optional*, defaults to `4`):
             Tokens in an n-gram.
 
@@ -99,7 +101,8 @@ def repetition(completion_ids: Tensor, mask: Tensor, n: int = 4) -> Tensor:
     is_whole = mask.bool().unfold(1, n, 1).all(-1)
     grams, rows = completion_ids.unfold(1, n, 1)[is_whole], is_whole.nonzero()[:, 0]
     vocabulary = int(grams.max()) + 1 if len(grams) else 1
-    # An n-gram becomes one number, a token at a time: numbered anew after each, so that no product can overflow.
+    # Each n-gram becomes one number, a token at a time. The numbers are made small again after each token, so that no
+    # product can overflow.
     numbers, codes = rows, rows
     for tokens in grams.unbind(1):
         numbers, codes = torch.unique(codes * vocabulary + tokens, return_inverse=True)
@@ -110,7 +113,7 @@ def repetition(completion_ids: Tensor, mask: Tensor, n: int = 4) -> Tensor:
 
 def completion_rows(completion_ids: Tensor, mask: Tensor, eos_token_ids: int | Sequence[int]) -> Tensor:
     """
-    Length, truncation and repetition of each completion, in one tensor that one gather brings together from all ranks
+    Length, truncation and repetition of each completion, in one tensor, so that one gather from all ranks is enough
     for `summarize_completions`.
 
     Args:
@@ -119,10 +122,11 @@ def completion_rows(completion_ids: Tensor, mask: Tensor, eos_token_ids: int | S
         mask (`torch.Tensor` of shape `(B, T)`):
             1 for all tokens of the completion.
         eos_token_ids (`int` or `Sequence[int]`):
-            The id, or all ids, that end a sequence.
+            The id or ids that end a sequence.
 
     Returns:
-        `torch.Tensor` of shape `(B, 3)`: float32; tokens, 0 or 1, and the share of repeated 4-grams.
+        `torch.Tensor` of shape `(B, 3)`: float32; the number of tokens, 1 if truncated and 0 if not, and the fraction
+        of repeated 4-grams.
     """
     columns = (mask.bool().sum(1), is_truncated(completion_ids, mask, eos_token_ids), repetition(completion_ids, mask))
     return torch.stack([column.float() for column in columns], dim=1)
@@ -131,13 +135,13 @@ def completion_rows(completion_ids: Tensor, mask: Tensor, eos_token_ids: int | S
 @dataclass(frozen=True)
 class CompletionSummary:
     """
-    What a batch of completions is like.
+    Statistics of a batch of completions.
 
     Args:
         mean_length (`float`): Mean number of tokens.
         p95_length (`float`): 95th percentile of the number of tokens, interpolated.
-        truncated_share (`float`): Share of completions that do not end.
-        repetition (`float`): Mean share of repeated 4-grams.
+        truncated_share (`float`): Fraction of completions that are truncated.
+        repetition (`float`): Mean fraction of repeated 4-grams.
     """
 
     mean_length: float
@@ -164,7 +168,7 @@ def summarize_completions(rows: Tensor) -> CompletionSummary:
 
 def topk_overlap(student_ids: Tensor, teacher_ids: Tensor) -> Tensor:
     """
-    Share of the teacher's k likeliest ids that are among the student's.
+    Fraction of the teacher's k likeliest ids that are among the student's.
 
     Args:
         student_ids (`torch.Tensor` of shape `(N, k)`):
@@ -196,7 +200,7 @@ def token_table(
     mask: Tensor,
 ) -> list[dict[str, int | float | str | None]]:
     """
-    What each token was rewarded with, as rows for a logged table or for `visualize.advantages_html`.
+    Log-probabilities and advantage of each token, as rows for a logged table or for `visualize.advantages_html`.
 
     Args:
         tokens (`Sequence[Sequence[str]]`):

@@ -39,10 +39,10 @@ from transformers import (
 import trl_gopd
 
 from .batch import Sequences
+from .divergence import chunk_slices
 from .extrapolation import DETERMINISTIC, ExtrapolatedLogitsProcessor, lambda_effects
 from .frozen.local import LocalScorer, evaluation_mode
 from .frozen.tokenizers import check_tokenizer
-from .objective import chunk_slices
 from .preflight_report import (
     CLIPS,
     MAX_DETERMINISTIC_FLIPS,

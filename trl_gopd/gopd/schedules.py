@@ -1,12 +1,12 @@
 """
 How the λ of [G-OPD](https://huggingface.co/papers/2602.12125) varies. The paper keeps it constant.
 
-λ − 1 weighs the extrapolation, and all that is here shrinks that weight: λ lies between 1, plain on-policy
-distillation, and the λ asked for, which may be one number or one a row, above 1 or below.
+λ − 1 weighs the extrapolation, and everything here only shrinks that weight. The λ of a step lies between 1, which is
+plain on-policy distillation, and the configured λ, which may be one number or one a row, above 1 or below it.
 
-- [`LambdaSchedule`]: a factor for the whole batch, from the step, from how near the student has come to the teacher,
-  and from what its completions look like.
-- `gate_lambda`: 1 for the tokens at which extrapolation is not trusted.
+- [`LambdaSchedule`] shrinks it for the whole batch, by the step, by the student's distance from the teacher, and by
+  what the completions look like.
+- `gate_lambda` sets λ to 1 for the tokens at which extrapolation is not trusted.
 """
 
 import math
@@ -21,28 +21,29 @@ from .objective import per_token
 
 
 KINDS = ("constant", "linear", "adaptive")
-# Batches of completions whose mean length is what later ones are compared with: one alone is noisy.
+# The mean length of this many first batches is what later batches are compared with; that of one batch is noisy.
 START_BATCHES = 10
 
 
 @dataclass(frozen=True)
 class BackOff:
     """
-    When completions look wrong, λ − 1 is multiplied by `factor`; every batch without an alarm adds 1/`recovery` of it
-    back. So it falls fast while an alarm lasts, and is whole again `recovery` batches after the last one at most.
+    Limits on what completions may look like. A batch beyond one of them is an alarm, and multiplies λ − 1 by `factor`.
+    A batch without an alarm adds 1/`recovery` of the configured λ − 1 back. So λ − 1 falls fast while alarms last, and
+    is restored at most `recovery` batches after the last one.
 
     Args:
         max_truncated_share (`float`, *optional*):
-            Alarm when a greater share of the completions does not end. `None` ignores it.
+            Alarm when a greater fraction of the completions is truncated. `None` ignores it.
         max_repetition (`float`, *optional*):
-            Alarm when the mean share of repeated 4-grams is greater. `None` ignores it.
+            Alarm when the mean fraction of repeated 4-grams is greater. `None` ignores it.
         max_length_change (`float`, *optional*):
             Alarm when the mean length has grown, or shrunk, by more than this factor since the first 10 batches.
             `None` ignores it.
         factor (`float`, *optional*, defaults to `0.5`):
-            What an alarm leaves of λ − 1. `0` is plain distillation at once.
+            Factor of λ − 1 at an alarm. `0` is plain distillation from the first alarm on.
         recovery (`int`, *optional*, defaults to `100`):
-            Batches without an alarm that lead from λ = 1 back to the whole.
+            Number of batches without an alarm after which λ = 1 has become the configured λ again.
     """
 
     max_truncated_share: float | None = None
@@ -71,7 +72,7 @@ class BackOff:
             raise ValueError(f"`recovery` must be at least 1 batch, got {self.recovery}. Use 100.")
 
     def alarms(self, summary: CompletionSummary, start_length: float | None) -> list[str]:
-        """What is beyond its limit, in words; `start_length` is `None` as long as it is not known."""
+        """The limits that `summary` exceeds, in words. `start_length` is `None` until it is known."""
         found = [
             f"{name} {value:.3g} > {limit:.3g}"
             for name, value, limit in (
@@ -90,16 +91,16 @@ class BackOff:
 @dataclass
 class LambdaSchedule:
     """
-    λ of a step, from that asked for.
+    The λ of a step, from the configured one.
 
     `"adaptive"` is the rule of [A-G-OPD](https://github.com/Hongy-Wang/A-G-OPD), λ = clip(1 + a·ρ, 1, λ_max) with
-    ρ = RMS(log π* − log π) / RMS(log π* − log π_ref), where λ_max is the λ asked for; below 1, the mirror image of it.
-    The nearer the student is to its teacher, the less is left to extrapolate.
+    ρ = RMS(log π* − log π) / RMS(log π* − log π_ref), where λ_max is the configured λ. Below 1 it is mirrored:
+    λ = clip(1 − a·ρ, λ_min, 1). The nearer the student is to its teacher, the less it extrapolates.
 
-    What is observed acts from the next `at` on. Observing at the end of each optimizer step, once, with sums over
-    micro-batches and ranks, makes λ the same however a batch is divided, and leaves nothing to a resumed run but
-    `state_dict` and the step. ρ is then that of the step before, 1 at first: what it is when the student starts as
-    the reference.
+    What is observed takes effect at the next call of `at`. Observe once, at the end of each optimizer step, with sums
+    over micro-batches and ranks: then λ does not depend on how a batch is divided, and a resumed run needs only
+    `state_dict` and the step. ρ is that of the step before. At first it is 1, its value when the student starts as the
+    reference.
 
     Args:
         kind (`str`, *optional*, defaults to `"constant"`):
@@ -151,33 +152,35 @@ class LambdaSchedule:
 
     def at(self, step: int, gopd_lambda: float | Tensor) -> float | Tensor:
         """
-        λ of the optimizer step that follows `step` others.
+        λ of the optimizer step that comes after `step` completed ones.
 
         Args:
             step (`int`):
-                Optimizer steps made, `TrainerState.global_step`.
+                Completed optimizer steps, `TrainerState.global_step`.
             gopd_lambda (`float` or `torch.Tensor`):
-                The λ asked for: one for all, or of any shape, such as one a row.
+                The configured λ: one for all, or a tensor of any shape, such as one a row.
 
         Returns:
-            `float` or `torch.Tensor`: as `gopd_lambda`; equal to it, bit for bit, where nothing shrinks it.
+            `float` or `torch.Tensor`: of the type and shape of `gopd_lambda`; equal to it, bit for bit, where nothing
+            shrinks it.
         """
-        reach = self.gain * self._ratio if self.kind == "adaptive" else math.inf
-        share = self._trust * (min(step / self.warmup_steps, 1.0) if self.kind == "linear" else 1.0)
+        max_deviation = self.gain * self._ratio if self.kind == "adaptive" else math.inf
+        fraction = self._trust * (min(step / self.warmup_steps, 1.0) if self.kind == "linear" else 1.0)
+        lowest, highest = 1 - max_deviation, 1 + max_deviation
         if isinstance(gopd_lambda, Tensor):
-            reached: float | Tensor = gopd_lambda.clamp(1 - reach, 1 + reach)
+            bounded: float | Tensor = gopd_lambda.clamp(lowest, highest)
         else:
-            reached = min(max(gopd_lambda, 1 - reach), 1 + reach)
+            bounded = min(max(gopd_lambda, lowest), highest)
         # 1 + (λ − 1) is not λ below 0.5 and above 2, where λ − 1 is rounded.
-        return reached if share == 1 else 1 + share * (reached - 1)
+        return bounded if fraction == 1 else 1 + fraction * (bounded - 1)
 
     def observe_deviations(self, squares: Tensor) -> None:
         """
-        Sets ρ of `"adaptive"`. Where no token had an implicit reward it stays, since λ made no difference.
+        Sets ρ of `"adaptive"`. If no token had an implicit reward, λ made no difference, and ρ is left as it was.
 
         Args:
             squares (`torch.Tensor` of shape `(2,)`):
-                `deviation_squares`, added over the micro-batches and ranks of a step.
+                `deviation_squares`, summed over the micro-batches and ranks of a step.
 
         Raises:
             `ValueError`: If a sum is not finite.
@@ -193,7 +196,7 @@ class LambdaSchedule:
 
     def observe_completions(self, summary: CompletionSummary) -> list[str]:
         """
-        Moves λ towards 1 if a limit of `back_off` is passed, and a little back if none is.
+        Moves λ towards 1 if a limit of `back_off` is exceeded, and a little back towards the configured λ if none is.
 
         Args:
             summary ([`CompletionSummary`]):
@@ -216,15 +219,15 @@ class LambdaSchedule:
         return alarms
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was observed, in numbers and lists that JSON keeps exactly. The settings are not in it."""
+        """What was observed, as numbers and lists that JSON keeps exactly. The settings are not included."""
         return {"ratio": self._ratio, "trust": self._trust, "start_lengths": list(self._start_lengths)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
-        Takes up where `state_dict` was called; the settings may have changed.
+        Restores what was observed; settings may differ.
 
         Raises:
-            `ValueError`: If `state` is not what `state_dict` returns. Nothing has changed then.
+            `ValueError`: If `state` is not what `state_dict` returns. Nothing is changed in that case.
         """
         names = list(self.state_dict())
         if sorted(state) != sorted(names):
@@ -244,8 +247,8 @@ def deviation_squares(
     *, student_logps: Tensor, teacher_logps: Tensor, reference_logps: Tensor, mask: Tensor
 ) -> Tensor:
     """
-    Σ (log π* − log π)² and Σ (log π* − log π_ref)², to be added over micro-batches and ranks. They run over the same
-    tokens, whose number cancels out of the ratio of their root mean squares.
+    Σ (log π* − log π)² and Σ (log π* − log π_ref)², to be summed over micro-batches and ranks. Both sums run over the
+    same tokens, so their number cancels in the ratio of the root mean squares.
 
     Args:
         student_logps (`torch.Tensor` of shape `(B, T)`):
@@ -275,22 +278,22 @@ def gate_lambda(
     needs_agreement: bool = False,
 ) -> Tensor:
     """
-    λ of each token: 1 where a gate is shut, `gopd_lambda` elsewhere.
+    λ of each token: 1 where a gate is closed, `gopd_lambda` elsewhere.
 
-    Where the teacher is all but certain, λ > 1 can lose the format of structured text
+    Where the teacher is nearly certain, λ > 1 can lose the format of structured text
     ([2605.08737](https://huggingface.co/papers/2605.08737)). That calls for λ = 1 at a state with max_v π*(v) > p.
-    Only π* of the sampled token is known here, and `deterministic_above` goes by that: it shuts at no other state, but
-    at such a state it shuts, for p ≥ 0.5, for the likeliest token alone. Another one, sampled against the teacher's
-    certainty, keeps its λ. Where the maximum over the vocabulary is at hand, give it as `teacher_logps` instead, and
-    the gate is that of the state.
+    Only the sampled token's π* is known here, and `deterministic_above` compares that with p. The gate is open at all
+    other states; at such a state and for p ≥ 0.5, it is closed for the likeliest token alone, and a token that was
+    sampled although the teacher was certain of another one keeps its λ. Where the maximum over the vocabulary is
+    known, give it as `teacher_logps`; then the gate is one of the state.
 
     Gates on the sampled token change what is optimised, as a clip does: at each state the reward of an id counts only
-    if its own gate is open, and the optimum is not π*^λ·π_ref^(1−λ). `extrapolated_divergence` takes one λ a state;
-    one that depends on the token sampled there would give it a random target.
+    if its own gate is open, and the optimum is not π*^λ·π_ref^(1−λ). `extrapolated_divergence` takes one λ a state,
+    because one that depended on the token sampled there would give it a random target.
 
     Args:
         gopd_lambda (`float` or `torch.Tensor` of shape `(B,)`, `(B, 1)` or `(B, T)`):
-            λ with the gates open.
+            λ where the gates are open.
         student_logps (`torch.Tensor` of shape `(B, T)`):
             Nats of the sampled tokens under the student.
         teacher_logps (`torch.Tensor` of shape `(B, T)`):
@@ -298,7 +301,7 @@ def gate_lambda(
         reference_logps (`torch.Tensor` of shape `(B, T)`):
             The same under the reference.
         deterministic_above (`float`, *optional*):
-            Probability p under the teacher above which λ is 1. `None` leaves this gate open.
+            Probability p under the teacher above which λ is 1. `None` keeps this gate open.
         needs_agreement (`bool`, *optional*, defaults to `False`):
             Whether λ is 1 unless log π* − log π and log π* − log π_ref have one sign. Where they differ, the two terms
             of an advantage with λ > 1 oppose each other. Not what

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..batch import Batch, Scores
+from ..divergence import DivergenceOutput, extrapolated_divergence
 from ..frozen.build import FrozenModels
-from ..objective import DivergenceOutput, LogitTransform, extrapolated_divergence
+from ..objective import LogitTransform
 from .protocol import Estimate, StudentForward
 from .vocabulary import estimate_over_vocabulary, head_arguments
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..batch import Batch, Scores
 from ..frozen.build import FrozenModels
-from ..objective import discounted_advantages, token_advantages
+from ..objective import credit, token_advantages
 from ..schedules import gate_lambda
 from .protocol import Estimate, StudentForward
 
@@ -74,9 +74,9 @@ class SampledEstimator:
             gopd_lambda=gopd_lambda,
             extrapolation_clip=self.extrapolation_clip,
         )
-        credits = advantages if batch.stored_ratio is None else advantages * batch.stored_ratio
-        if self.discount:
-            credits = discounted_advantages(credits, known, self.discount)
+        credits = credit(advantages, known, discount=self.discount, weights=batch.token_ratio)
+        if batch.stored_ratio is not None:  # by vLLM's weights TRL multiplies
+            credits = credits * batch.stored_ratio
         return Estimate(
             logps=logps,
             credits=credits,

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ..batch import Batch, Scores
 from ..frozen.build import FrozenModels
 from ..monitors import topk_overlap
-from ..objective import LogitTransform, StratifiedOutput, log_probs_at, stratified_divergence
+from ..objective import LogitTransform
+from ..stratified import StratifiedOutput, log_probs_at, stratified_divergence
 from .protocol import Estimate, StudentForward
 from .vocabulary import estimate_over_vocabulary, head_arguments
 
@@ -83,14 +84,13 @@ class StratifiedEstimator:
             return of_teacher, None if references is None else references.log_probs(chunk, ids, of_teacher)
 
         def divergence(hidden: Tensor, head: nn.Module) -> tuple[StratifiedOutput, dict[str, Tensor]]:
-            weights = batch.stored_ratio if batch.stored_ratio is not None else batch.sampler_ratio
             output = stratified_divergence(
                 hidden,
                 **head_arguments(head, heads),
                 labels=batch.completion_ids[tokens],
                 target_logps=target_logps,
                 gopd_lambda=gopd_lambda.expand(tokens.shape)[tokens],
-                importance_weights=None if weights is None else weights.expand(tokens.shape)[tokens],
+                importance_weights=None if batch.ratio is None else batch.ratio.expand(tokens.shape)[tokens],
                 top_k=self.top_k,
                 ids=top_ids,
                 transform=self.transform,

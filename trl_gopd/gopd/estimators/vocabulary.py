@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from .._trl import gather_heads
 from ..batch import Batch
-from ..objective import DivergenceOutput, StratifiedOutput, discounted_advantages
+from ..divergence import DivergenceOutput
+from ..objective import later_credit
+from ..stratified import StratifiedOutput
 from .protocol import Estimate, StudentForward
 
 
@@ -78,9 +80,8 @@ def estimate_over_vocabulary(
     student_logps = student_logps.masked_fill(student_logps.isneginf(), 0.0)
     credits = -divergences
     if discount:
-        weights = batch.stored_ratio if batch.stored_ratio is not None else batch.sampler_ratio
-        later = (discounted_advantages(expected, mask, discount) - expected) * known
-        later = later if weights is None else later * weights
+        later = later_credit(expected, mask, discount=discount, weights=batch.token_ratio) * known
+        later = later if batch.ratio is None else later * batch.ratio
         credits = credits + later * (student_logps - student_logps.detach())
     return Estimate(
         logps=student_logps.detach(),

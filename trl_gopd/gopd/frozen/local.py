@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 
 from .._trl import gather_heads, prepare_deepspeed, prepare_fsdp
 from ..batch import Sequences
-from ..objective import LogitTransform, chunk_slices, log_probs_at
+from ..divergence import chunk_slices
+from ..objective import LogitTransform
+from ..stratified import log_probs_at
 from .identity import is_sharded, uses_fsdp, weights_digest
 from .protocols import LogitScorer
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Sequences
-from ..objective import log_probs_at
+from ..stratified import log_probs_at
 from .protocols import LogitScorer, Scorer, TopScorer
 
 
