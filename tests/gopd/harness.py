@@ -19,6 +19,7 @@ TRAINER_ARGUMENTS = (
     "train_dataset",
     "teacher_prompt",
     "teacher_processing_class",
+    "environment_factory",
 )
 
 

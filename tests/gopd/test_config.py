@@ -102,7 +102,16 @@ def test_biased_sampling_warns(tmp_path, setting):
         build(tmp_path, **setting)
 
 
+@pytest.mark.parametrize("option", [{"top_p": 0.5}, {"typical_p": 0.9}, {"temperature": 0.5}, {"do_sample": False}])
+def test_biased_sampling_by_other_means_warns(tmp_path, option):
+    with pytest.warns(UserWarning, match=f"{next(iter(option))}.*biases the estimate") as caught:
+        build(tmp_path, generation_kwargs=option)
+    (warning,) = [each for each in caught if "biases the estimate" in str(each.message)]
+    assert warning.filename == __file__  # where the configuration was made
+
+
 def test_unbiased_sampling_does_not_warn(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         build(tmp_path)
+        build(tmp_path, generation_kwargs={"top_p": 1.0, "temperature": 1.0, "max_time": 60.0})

@@ -19,6 +19,7 @@ from tests.gopd.harness import (
     sampled_logps,
 )
 from tests.tiny import LORA
+from trl_gopd.gopd.schedules import LambdaSchedule
 
 
 class Repeating(Recording):
@@ -171,6 +172,22 @@ class TestSchedule:
         assert logged(trainer, "completions/repetition") == [pytest.approx(4 / 6)] * 3
         assert logged(trainer, "gopd/lambda") == [1.125, 1.0625, 1.03125]
         assert "repetition 0.667 > 0.5" in caplog.text
+
+    def test_masked_completions_keep_their_length(self, make):
+        """A limit below all lengths but one truncates them; masked out or not, back-off sees the same completions."""
+        options = {"gopd_back_off": {"max_truncated_share": 0.5}, "max_steps": 2}
+
+        class Cut(Recording):
+            def _generate_single_turn(self, *args, **kwargs):
+                completions, extra = super()._generate_single_turn(*args, **kwargs)
+                return [ids[:-1] if len(ids) > 3 else ids for ids in completions], extra
+
+        plain, masked = (make(Cut, mask_truncated_completions=value, **options) for value in (False, True))
+        plain.train()
+        masked.train()
+        assert logged(masked, "completions/p95_length") == logged(plain, "completions/p95_length")
+        assert min(logged(plain, "completions/p95_length")) > 3
+        assert masked._schedule.state_dict() == plain._schedule.state_dict() != LambdaSchedule().state_dict()
 
     def test_evaluation_does_not_move_it(self, make, prompts):
         trainer = make(Repeating, gopd_back_off='{"max_repetition": 0.5}', eval_dataset=prompts)

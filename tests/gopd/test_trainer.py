@@ -436,6 +436,21 @@ class TestRun:
         assert log["rewards/reward/mean"] == pytest.approx(0.5)
         assert sorted(trainer.seen["advantages"].tolist()) == [-0.5, -0.5, 0.5, 0.5]
 
+    def test_both_advantages_are_logged(self, make, tmp_path):
+        def reward(completions, **kwargs):
+            return [float(i % 2) for i in range(len(completions))]
+
+        trainer = make(reward_funcs=reward, num_generations=2, log_completions=True, max_steps=2)
+        trainer.train()
+        for step in (1, 2):
+            table = pd.read_parquet(tmp_path / "out" / "completions" / f"completions_{step:05d}.parquet")
+            assert set(table["advantage"]) == {-0.5, 0.5}
+            assert table["gopd_advantage"].map(math.isfinite).all() and table["gopd_advantage"].abs().min() > 0
+            page = (tmp_path / "out" / "completions" / f"advantages_{step:05d}.html").read_text()
+            assert "teacher_logp" in page
+        # a mean over sequences of token means, in which the rewards' advantages cancel
+        assert -table["gopd_advantage"].mean() == pytest.approx(trainer.losses[1], rel=1e-4)
+
     def test_reward_needs_a_group(self, make):
         with pytest.raises(ValueError, match="`reward_funcs` with `num_generations=1` have no effect"):
             make(reward_funcs=lambda completions, **kw: [0.0] * len(completions))
@@ -499,11 +514,28 @@ class TestRun:
         table = pd.read_parquet(next((tmp_path / "out" / "completions").glob("*.parquet")))
         assert table["advantage"].map(math.isfinite).all() and math.isfinite(trainer.losses[0])
 
-    def test_model_card(self, make, tmp_path):
-        trainer = make(save_strategy="steps", save_steps=1)
+    def test_model_card(self, make, models, tmp_path):
+        trainer = make(save_strategy="steps", save_steps=1, ref_model=str(models / "base"))
         trainer.train()
         card = (tmp_path / "out" / "README.md").read_text()
-        assert "2602.12125" in card and "G-OPD" in card and "DeepSeekMath" not in card
+        assert "2602.12125" in card and "@article{yang2026learning" in card and "DeepSeekMath" not in card
+        assert "[None]" not in card and f"a fine-tuned version of `{models / 'student'}`" in card
+        for line in (
+            f"| Student |  | {models / 'student'} |",
+            f"| Teacher |  | `{models / 'teacher'}` |",
+            f"| Reference |  | `{models / 'base'}` |",
+            "| λ |  | 1.25, constant |",
+            "| Estimator |  | sampled |",
+        ):
+            assert line in card
+
+    def test_models_are_attributes(self, make, models):
+        trainer = make(ref_model=str(models / "base"))
+        assert trainer.teacher_model is trainer.teachers[None].inner.model
+        assert trainer.ref_model is trainer.references[None].inner.model
+        anchored = make(beta=0.1)  # GRPO's own reference
+        assert anchored.ref_model is not anchored.references[None].inner.model
+        assert make(gopd_lambda=1.0).ref_model is None
 
     def test_pad_is_eos(self, make, tokenizer):
         twin = copy.deepcopy(tokenizer)
@@ -525,6 +557,98 @@ class TestRun:
         )
         with pytest.raises(RuntimeError, match="without asking for log-probabilities first.*trl>=1.16"):
             trainer._compute_loss(trainer.model, trainer.seen)
+
+
+TOOL_TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class Environment:
+    """Gives the last message of each prompt, and a tool."""
+
+    def reset(self, **kwargs):
+        return "What is 2 plus 5?"
+
+    def add(self, a: int, b: int) -> int:
+        """
+        Adds.
+
+        Args:
+            a: One number.
+            b: Another one.
+        """
+        return a + b
+
+
+class Judging(Environment):
+    def get_reward(self):
+        return 1.0
+
+
+class TestEnvironment:
+    """Which gives prompts and tools, and may give no reward."""
+
+    ROWS = {"prompt": [[{"role": "user", "content": ""}]] * 8}
+
+    @pytest.fixture
+    def build(self, make, tokenizer, monkeypatch):
+        monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+        monkeypatch.setattr(tokenizer, "chat_template", TOOL_TEMPLATE)
+        # Its template is not one that TRL can parse tool calls from; the scripted completions have none.
+        monkeypatch.setattr("trl.trainer.grpo_trainer.add_response_schema", lambda tokenizer: tokenizer)
+        monkeypatch.setattr("trl.trainer.grpo_trainer.parse_response", lambda *args, **kw: {"role": "assistant"})
+
+        def build(rows, factory, **kwargs):
+            return make(
+                Recording,
+                train_dataset=Dataset.from_dict(rows),
+                environment_factory=factory,
+                gopd_lambda=1.0,
+                **kwargs,
+            )
+
+        return build
+
+    def test_without_a_reward(self, build):
+        trainer = build(self.ROWS, Environment)
+        trainer.train()
+        assert not trainer._has_rewards and any(float(g.abs().max()) > 0 for g in trainer.grads.values())
+
+    def test_rows_need_no_prompt(self, build):
+        trainer = build({"environment": ["one"] * 8}, {"one": Environment})
+        trainer.train()
+        assert trainer.state.global_step == 1
+
+    def test_its_reward_needs_a_group(self, build):
+        with pytest.raises(ValueError, match="an environment's `get_reward` with `num_generations=1` have no effect"):
+            build(self.ROWS, Judging)
+
+    def test_its_reward_alone_is_logged(self, build):
+        trainer = build(self.ROWS, Judging, num_generations=2)
+        trainer.train()
+        log = trainer.state.log_history[0]
+        assert log["rewards/Judging/mean"] == log["reward"] == 1.0 and not any("null" in name for name in log)
+
+
+class TestNothingToLearn:
+    def warnings(self, trainer, caplog):
+        trainer.train()
+        return [record.message for record in caplog.records if "give every sampled token" in record.message]
+
+    def test_teacher_is_the_student(self, make, models, caplog):
+        found = self.warnings(make(teacher_model=str(models / "student"), gopd_lambda=1.0, max_steps=2), caplog)
+        assert len(found) == 1 and "Student and teacher" in found[0] and "nothing to learn" in found[0]
+
+    def test_reference_is_the_teacher(self, make, models, caplog):
+        found = self.warnings(make(ref_model=str(models / "teacher")), caplog)
+        assert len(found) == 1 and "Teacher and reference" in found[0] and "λ changes nothing" in found[0]
+
+    def test_most_runs_are_not_warned_of(self, make, models, caplog):
+        assert not self.warnings(make(ref_model=str(models / "base")), caplog)
 
 
 class TestBadInput:

@@ -11,15 +11,13 @@ if is_peft_available():
     from peft import PeftModel, PromptLearningConfig
 
 
-def check_arguments(args: Any, *, has_rewards: bool, uses_tools: bool) -> None:
+def check_arguments(args: Any, *, uses_tools: bool) -> None:
     """
     Raises for a configuration that does not go with the other arguments of the trainer.
 
     Args:
         args ([`GOPDConfig`]):
             Configuration of the run.
-        has_rewards (`bool`):
-            Whether there are task rewards.
         uses_tools (`bool`):
             Whether the student may call tools or act in an environment.
     """
@@ -27,24 +25,46 @@ def check_arguments(args: Any, *, has_rewards: bool, uses_tools: bool) -> None:
         raise TypeError(f"`args` must be a `GOPDConfig`, got {type(args).__name__}. Build one with the same fields.")
     if args.use_stored_completions and uses_tools:
         raise ValueError("`use_stored_completions` samples nothing, so there is no turn for tools. Drop them.")
-    if has_rewards and (args.num_generations or 1) < 2:
+
+
+def check_rewards(args: GOPDConfig, *, source: str) -> None:
+    """
+    Raises `ValueError` for a configuration with which task rewards have no effect.
+
+    Args:
+        args ([`GOPDConfig`]):
+            Configuration of the run.
+        source (`str`):
+            Where the rewards come from, for messages.
+    """
+    if (args.num_generations or 1) < 2:
         raise ValueError(
-            "`reward_funcs` with `num_generations=1` have no effect, since GRPO compares the completions of one "
-            "prompt. Use `num_generations` of at least 2, or drop `reward_funcs`."
+            f"{source} with `num_generations=1` have no effect, since GRPO compares the completions of one prompt. "
+            f"Use `num_generations` of at least 2, or drop them."
         )
-    if has_rewards and args.gopd_estimator != "sampled":
+    if args.gopd_estimator != "sampled":
         raise ValueError(
-            "`reward_funcs` act on the log-probabilities of the sampled tokens, which "
+            f"{source} act on the log-probabilities of the sampled tokens, which "
             f"`gopd_estimator={args.gopd_estimator!r}` does not train. Use 'sampled'."
         )
 
 
-def check_dataset(dataset: Any, name: str) -> None:
-    """Raises `ValueError` for a data set without rows, without prompts or with images."""
+def check_dataset(dataset: Any, name: str, *, needs_prompts: bool) -> None:
+    """
+    Raises `ValueError` for a data set without rows, without prompts or with images.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+            The data set.
+        name (`str`):
+            What the user calls it, for messages.
+        needs_prompts (`bool`):
+            Whether rows need a prompt, which otherwise an environment gives.
+    """
     columns = getattr(dataset, "column_names", None)
     if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(f"`{name}` is empty. Give at least one row with a `prompt`.")
-    if isinstance(columns, list) and "prompt" not in columns:
+    if needs_prompts and isinstance(columns, list) and "prompt" not in columns:
         raise ValueError(f"`{name}` needs a column `prompt`, a string or a list of messages; it has {columns}.")
     for column in ("image", "images"):
         if isinstance(columns, list) and column in columns:

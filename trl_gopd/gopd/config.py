@@ -15,6 +15,21 @@ ESTIMATORS = ("sampled", "stratified", "full")
 # Aggregations whose token term is ratio × advantage, so that an advantage with a gradient passes through unchanged.
 FULL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 SAMPLED_LOSS_TYPES = (*FULL_LOSS_TYPES, "cispo", "sapo", "vespo")
+# Values with which the options of a sampler leave the distribution as it is
+NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "top_p": (1.0, None),
+    "top_k": (0, -1, None),
+    "min_p": (None, 0.0),
+    "typical_p": (1.0, None),
+    "epsilon_cutoff": (0.0, None),
+    "eta_cutoff": (0.0, None),
+    "repetition_penalty": (1.0, None),
+    "presence_penalty": (0.0, None),
+    "frequency_penalty": (0.0, None),
+    "no_repeat_ngram_size": (0, None),
+    "do_sample": (True,),
+    "num_beams": (1, None),
+}
 
 
 @dataclass
@@ -402,16 +417,15 @@ class GOPDConfig(GRPOConfig):  # type: ignore[misc]
         for name, (is_refused, reason) in refused.items():
             if is_refused:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` has no meaning in G-OPD: {reason}")
-        biased = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
-        changed = {
-            name: getattr(self, name)
-            for name, neutral in biased.items()
-            if getattr(self, name) != neutral and not (name == "top_k" and self.top_k in (-1, None))
-        }
+        given = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
+        if isinstance(self.generation_kwargs, dict):
+            given |= self.generation_kwargs
+        neutral = {**NEUTRAL_SAMPLING, "temperature": (self.temperature,)}
+        changed = {name: value for name, value in given.items() if value not in neutral.get(name, (value,))}
         if changed:
             warnings.warn(
                 f"Sampling with {changed} draws from another distribution than the student that is scored, which "
-                f"biases the estimate of the gradient. Use { {name: biased[name] for name in changed} }.",
+                f"biases the estimate of the gradient. Use { {name: neutral[name][0] for name in changed} }.",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,  # past this method, `__post_init__` and the generated `__init__`
             )

@@ -16,6 +16,8 @@ from .monitors import is_eos
 from .objective import implicit_rewards
 
 
+# Nats below which log-probabilities of a token are those of one model: what rounding leaves between two forwards of it
+SAME = 1e-4
 # Means that are also logged for each of several teachers
 PER_TEACHER = ("reverse_kl", "teacher_logp", "advantage_mean", "implicit_reward", "clip_share", "lambda")
 
@@ -121,6 +123,28 @@ def means(
                 if count and name in PER_TEACHER:
                     result[f"{key}/{name}"] = total / count
     return result
+
+
+def nothing_to_learn(means: Mapping[str, float]) -> list[str]:
+    """
+    Why a run whose first micro-batch has these means cannot learn, in sentences; none for most runs.
+
+    Args:
+        means (`Mapping[str, float]`):
+            What `means` returned.
+    """
+    reasons = []
+    if means.get("advantage_square", 1.0) ** 0.5 < SAME:
+        reasons.append(
+            "Student and teacher give every sampled token the same probability, so all advantages are 0 and there is "
+            "nothing to learn. Check that `teacher_model` is another model than the student."
+        )
+    if means.get("extrapolation_abs", 1.0) < SAME:
+        reasons.append(
+            "Teacher and reference give every sampled token the same probability, so λ changes nothing. Check that "
+            "`ref_model` is another model than the teacher, or use `gopd_lambda=1`."
+        )
+    return reasons
 
 
 def summarize(means: Mapping[str, float], largest_advantage: float) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import os
 import textwrap
 import warnings
@@ -21,7 +22,7 @@ from ..files import written_whole
 from . import batch as keys
 from ._trl import disable_gradient_checkpointing, get_config_model_id
 from .batch import Batch, Scores
-from .checks import check_arguments, check_dataset, check_student
+from .checks import check_arguments, check_dataset, check_rewards, check_student
 from .completion_log import CompletionLog
 from .config import GOPDConfig
 from .estimators.build import build_estimator
@@ -29,7 +30,8 @@ from .estimators.protocol import Estimate
 from .frozen.adapter import student_start, without_adapters
 from .frozen.build import FrozenBuilder, asks_servers
 from .frozen.routing import Routing
-from .metrics import means, summarize, token_values
+from .metrics import means, nothing_to_learn, summarize, token_values
+from .model_card import describe
 from .monitors import completion_rows, summarize_completions
 from .prompts import TeacherPrompts
 from .rollouts import stored_completions, stored_ratio
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ADVANTAGE_COLUMN = "gopd_advantage"  # of the table of completions, beside the advantage of task rewards
+
 
 class _EndOfStep(TrainerCallback):  # type: ignore[misc]
     """Tells the trainer that an optimizer step has ended, before anything is saved."""
@@ -55,9 +59,10 @@ class _EndOfStep(TrainerCallback):  # type: ignore[misc]
         self._trainer._end_step()
 
 
-def _null_reward(prompts: list[Any], **kwargs: Any) -> list[float]:
-    """GRPO wants a reward function; distillation has none."""
-    return [0.0] * len(prompts)
+def _null_reward(prompts: list[Any], environments: list[Any] | None = None, **kwargs: Any) -> list[float | None]:
+    """GRPO wants a reward function; distillation has none. It has no say where an environment gives the reward."""
+    environments = environments or [None] * len(prompts)
+    return [None if hasattr(environment, "get_reward") else 0.0 for environment in environments]
 
 
 class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -172,9 +177,10 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GOPDConfig(f"{name.split('/')[-1]}-GOPD")
-        self._has_rewards = bool(reward_funcs) or grpo_kwargs.get("environment_factory") is not None
-        uses_tools = bool(tools) or grpo_kwargs.get("environment_factory") is not None
-        check_arguments(args, has_rewards=self._has_rewards, uses_tools=uses_tools)
+        has_environment = grpo_kwargs.get("environment_factory") is not None
+        check_arguments(args, uses_tools=bool(tools) or has_environment)
+        if reward_funcs:
+            check_rewards(args, source="`reward_funcs`")
         if teacher_model is None:
             teacher_model = args.teacher_models or args.teacher_model_name_or_path
         if ref_model is None:
@@ -187,7 +193,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             parts = {f"{name}[{key!r}]": part for key, part in dataset.items()} if isinstance(dataset, dict) else {}
             for part_name, part in (parts or {name: dataset}).items():
-                check_dataset(part, part_name)
+                check_dataset(part, part_name, needs_prompts=not has_environment)
                 self._routing.check_dataset(part, part_name)
         asks = asks_servers(self._routing, args.gopd_estimator)
         if ref_model is not None and not self._routing.uses_reference:
@@ -201,7 +207,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
 
         super().__init__(
             model=model,
-            reward_funcs=reward_funcs if self._has_rewards else _null_reward,
+            reward_funcs=reward_funcs or _null_reward,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -213,6 +219,9 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
             tools=tools,
             **grpo_kwargs,
         )
+        self._has_rewards = any(function is not _null_reward for function in self.reward_funcs)
+        if self._has_rewards:
+            check_rewards(args, source="The rewards of `reward_funcs` or of an environment's `get_reward`")
         check_student(self.accelerator.unwrap_model(self.model), args)
         builder = FrozenBuilder(
             args,
@@ -224,6 +233,8 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
             asks_servers=asks,
         )
         self._frozen = builder.build(self._routing, start)
+        if args.beta == 0 and self.references:  # otherwise it is what GRPO's own KL penalty is measured from
+            self.ref_model = _modules(self.references)
         self._teacher_prompts = TeacherPrompts(
             self._routing.by_teacher("teacher_prompt", teacher_prompt),
             self._routing.by_teacher("teacher_processing_class", teacher_processing_class),
@@ -247,6 +258,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         if not self._estimator.needs_old_logps:  # then nothing is corrected for the sampler either
             self.vllm_importance_sampling_correction = False
         self._schedule = args.build_lambda_schedule()
+        self._is_first_batch = True
         self._deviations: Tensor | None = None  # what the adaptive schedule has seen of this step
         self.add_callback(_EndOfStep(self))
         self._completion_log = CompletionLog(args.gopd_extrapolation_clip) if args.log_completions else None
@@ -265,6 +277,26 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
     def references(self) -> dict[str | None, Any]:
         """References by teacher id; empty when every λ is 1."""
         return self._frozen.references
+
+    @property
+    def teacher_model(self) -> Any:
+        """
+        The teacher as a module, or a dictionary of several by teacher id. `None` stands for one without a module of
+        its own: served, stored in a cache, or an adapter of the student.
+        """
+        return _modules(self.teachers)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As in [`~trl.GRPOTrainer`], with the student, the teachers, the references, λ and the estimator."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            describe(
+                Path(self.args.output_dir, "README.md"),
+                student=self._student_base.config._name_or_path or "a model in memory",
+                identities=self._identities,
+                args=self.args,
+                lambdas=self._routing.lambda_by_teacher,
+            )
 
     @property
     def _student_base(self) -> Any:
@@ -321,11 +353,18 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         batch = Batch.from_trl(output)
         if self._completion_log is not None:
             self._completion_log.begin(len(inputs))
+            if self._has_rewards:
+                self._logs["extra"][ADVANTAGE_COLUMN].extend([math.nan] * len(inputs) * self.accelerator.num_processes)
         output.update(self._estimator.scores(batch).to_trl())
         self._log_cache_hits()
-        if not self._has_rewards:
-            self._drop_null_reward()
+        self._drop_null_reward()
         return output
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        generated = super()._generate(prompts)
+        # TRL may mask truncated completions out, which makes them look empty.
+        self._lengths = torch.tensor([len(ids) for ids in generated[1]], device=self.accelerator.device)
+        return generated
 
     def _route(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         """Adds which teacher a row belongs to, its λ and what its teacher reads, and leaves tokens out of the loss."""
@@ -378,7 +417,9 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _observe_completions(self, output: dict[str, Any]) -> None:
         """Logs what the completions look like; in training they may move λ."""
-        rows = completion_rows(output[keys.COMPLETION_IDS], output[keys.COMPLETION_MASK], self.eos_token_ids)
+        ids = output[keys.COMPLETION_IDS]
+        written = torch.arange(ids.size(1), device=ids.device) < self._lengths.unsqueeze(1)
+        rows = completion_rows(ids, written, self.eos_token_ids)
         summary = summarize_completions(self.accelerator.gather(rows))
         self._metrics[self._mode]["completions/p95_length"].append(summary.p95_length)
         self._metrics[self._mode]["completions/repetition"].append(summary.repetition)
@@ -399,7 +440,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _drop_null_reward(self) -> None:
         for metrics in self._metrics.values():
-            for name in ("reward", "reward_std", "frac_reward_zero_std"):
+            for name in () if self._has_rewards else ("reward", "reward_std", "frac_reward_zero_std"):
                 metrics.pop(name, None)
             for name in [name for name in metrics if name.startswith(f"rewards/{_null_reward.__name__}/")]:
                 del metrics[name]
@@ -478,6 +519,10 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
             list(self.teachers),
             add_over_ranks=functools.partial(self.accelerator.reduce, reduction="sum"),
         )
+        if self._is_first_batch and self.model.training:
+            self._is_first_batch = False
+            for reason in nothing_to_learn(by_name):
+                logger.warning(reason)
         advantages, known = values["advantage_mean"]
         largest = torch.cat([advantages[known].abs(), advantages.new_zeros(1)]).max().reshape(1)
         for name, value in summarize(by_name, self.accelerator.gather(largest).max().item()).items():
@@ -521,13 +566,23 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
                 part.write_text(advantages_html(rows, title=f"Advantages, step {step}"), encoding="utf-8")
 
     def _write_completion_log(self) -> None:
-        """Puts each completion's mean token advantage in the logged table, where GRPO puts that of its reward."""
-        if self._completion_log is None or self._has_rewards or not len(self._completion_log.row_means):
+        """
+        Puts each completion's mean token advantage in the logged table: where GRPO puts that of its reward or, with
+        rewards, in a column of its own.
+        """
+        if self._completion_log is None or not len(self._completion_log.row_means):
             return
         rows = self.accelerator.gather(self._completion_log.row_means.to(self.accelerator.device)).tolist()
-        for _ in range(min(len(rows), len(self._logs["advantages"]))):
-            self._logs["advantages"].pop()
-        self._logs["advantages"].extend(rows)
+        column = self._logs["extra"][ADVANTAGE_COLUMN] if self._has_rewards else self._logs["advantages"]
+        for _ in range(min(len(rows), len(column))):
+            column.pop()
+        column.extend(rows)
+
+
+def _modules(scorers: Mapping[str | None, Any]) -> Any:
+    """The modules of frozen models by teacher id, or the one of a single model without an id."""
+    modules = {key: getattr(getattr(scorer, "inner", None), "model", None) for key, scorer in scorers.items()}
+    return modules[None] if list(modules) == [None] else modules
 
 
 def _as_name(given: Any) -> Any:

@@ -71,6 +71,11 @@ class Routing:
         return "one without an id" if self._ids == [None] else str(self._ids)
 
     @property
+    def lambda_by_teacher(self) -> dict[str, float]:
+        """λ of each teacher's rows that do not have one of their own."""
+        return {key or "": value for key, value in zip(self._ids, self.lambdas.tolist(), strict=True)}
+
+    @property
     def varies(self) -> bool:
         """Whether rows may differ in λ."""
         return self._has_lambda_column or len(set(self.lambdas.tolist())) > 1
@@ -108,7 +113,7 @@ class Routing:
         """Index of the teacher, int64, and λ, float32, of each row: both of shape `(B,)`."""
         owners, lambdas = [], []
         for row in inputs:
-            where = f"the row with the prompt {row['prompt']!r}"
+            where = f"the row with the prompt {row.get('prompt')!r}"
             owners.append(0 if self._ids == [None] else self._owner(row.get(self._id_column), where))
             own = row.get(self._lambda_column) if self._lambda_column in row else float(self.lambdas[owners[-1]])
             lambdas.append(self._lambda(own, where))
