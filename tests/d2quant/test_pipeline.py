@@ -19,7 +19,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel, OPTConfig, OPTForCausalLM
 
 from tests.tiny import build_model
-from trl_gopd.d2quant import pipeline
+from trl_gopd.d2quant import pipeline, report, stages
 from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.linear import D2QuantLinear
 from trl_gopd.d2quant.pipeline import Report, quantize_model
@@ -112,14 +112,12 @@ class TestQuantizeModel:
         settings = {"column_scale": True, "scale_dtype": "float32"}
         explicit = build_model(tokenizer, seed=1)
         quantize_model(model, None, config(**settings))
-        absorb = pipeline._Run._absorb
 
-        def keep(self, block, consumer, scale, results, input_scales):
-            input_scales[consumer] = scale
+        def keep(block, consumer, scale, rounded, config):
+            rounded.input_scales[consumer] = scale
 
-        monkeypatch.setattr(pipeline._Run, "_absorb", keep)
+        monkeypatch.setattr(stages, "absorb_column_scale", keep)
         quantize_model(explicit, None, config(**settings))
-        assert absorb is not keep
         scales = [module.input_scale for module in packed(explicit).values() if module.input_scale is not None]
         assert len(scales) == 2
         assert all(scale.std() > 0.01 for scale in scales)
@@ -128,9 +126,9 @@ class TestQuantizeModel:
 
     def test_folded_mean_shift_equals_an_explicit_one(self, model, monkeypatch):
         shifts = []
-        compute = pipeline.mean_shift
+        compute = stages.mean_shift
         monkeypatch.setattr(
-            pipeline, "mean_shift", lambda *args, **kwargs: shifts.append(compute(*args, **kwargs)) or shifts[-1]
+            stages, "mean_shift", lambda *args, **kwargs: shifts.append(compute(*args, **kwargs)) or shifts[-1]
         )
         report = quantize_model(model, None, config(mean_shift=True))
         folded = logits(model)
@@ -203,14 +201,15 @@ class TestQuantizeModel:
     def test_dense_weights_are_freed_block_by_block(self, model, monkeypatch):
         dense = [weakref.ref(m) for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
         alive = []
-        quantize = pipeline._Run.quantize_block
+        quantize = pipeline.quantize_block
 
-        def count(self, block):
-            quantize(self, block)
+        def count(*arguments):
+            block_report = quantize(*arguments)
             gc.collect()
             alive.append(sum(reference() is not None for reference in dense))
+            return block_report
 
-        monkeypatch.setattr(pipeline._Run, "quantize_block", count)
+        monkeypatch.setattr(pipeline, "quantize_block", count)
         quantize_model(model, None, config())
         assert alive == [7, 0]
 
@@ -230,7 +229,7 @@ class TestReport:
         assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
 
     def test_failed_write_leaves_nothing(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(pipeline.json, "dumps", lambda *a, **k: 1 / 0)
+        monkeypatch.setattr(report.json, "dumps", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             Report(config={}).save(tmp_path / "report.json")
         assert list(tmp_path.iterdir()) == []
@@ -242,17 +241,17 @@ class TestResume:
     @pytest.mark.parametrize("done", [0, 1, 2])
     def test_after_any_block_ends_in_the_same_bytes(self, model, tokenizer, tmp_path, monkeypatch, done):
         whole = quantize_model(model, None, config(**self.SETTINGS))
-        quantize = pipeline._Run.quantize_block
+        quantize = pipeline.quantize_block
         calls = []
 
-        def killed(self, block):
+        def killed(block, *arguments):
             if len(calls) == done:
                 raise KeyboardInterrupt
             calls.append(block.name)
-            quantize(self, block)
+            return quantize(block, *arguments)
 
         interrupted = build_model(tokenizer, seed=1)
-        monkeypatch.setattr(pipeline._Run, "quantize_block", killed)
+        monkeypatch.setattr(pipeline, "quantize_block", killed)
         settings = config(work_dir=str(tmp_path), **self.SETTINGS)
         if done < 2:
             with pytest.raises(KeyboardInterrupt):
@@ -262,7 +261,7 @@ class TestResume:
         assert len(calls) == done
 
         monkeypatch.setattr(
-            pipeline._Run, "quantize_block", lambda self, block: calls.append(block.name) or quantize(self, block)
+            pipeline, "quantize_block", lambda block, *rest: calls.append(block.name) or quantize(block, *rest)
         )
         resumed = build_model(tokenizer, seed=1)
         report = quantize_model(resumed, None, settings)
@@ -284,7 +283,7 @@ class TestResume:
 
     def test_tuning_may_be_changed(self, model, tokenizer, tmp_path, monkeypatch):
         quantize_model(model, None, config(work_dir=str(tmp_path)))
-        monkeypatch.setattr(pipeline._Run, "quantize_block", None)
+        monkeypatch.setattr(pipeline, "quantize_block", None)
         report = quantize_model(build_model(tokenizer, seed=1), None, config(work_dir=str(tmp_path), tune_epochs=1))
         assert len(report.tuning_kl) == 1
 

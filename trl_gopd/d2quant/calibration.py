@@ -176,7 +176,7 @@ def embedded_text(split: Literal["calibration", "evaluation"]) -> str:
     return SEPARATOR.join(parts[split])
 
 
-def read_text(path: str | os.PathLike) -> str:
+def read_text(path: str | os.PathLike[str]) -> str:
     """Content of a text file in UTF-8; one clear error if there is none."""
     # `os.path` answers False where `pathlib` raises: for a text that was given in place of a path.
     if not os.path.isfile(path):
@@ -255,9 +255,10 @@ def _wikitext2() -> list[str]:
     from datasets import load_dataset
 
     try:
-        return load_dataset(*WIKITEXT2, split="train")["text"]
+        texts: list[str] = load_dataset(*WIKITEXT2, split="train")["text"]
     except OSError as error:  # also what the hub's client raises: offline, not found, not allowed
         raise ConnectionError(
             f"WikiText-2 ({WIKITEXT2[0]}) could not be loaded: {error}. Connect to the hub, or pass a text file, or "
             "None for the embedded text."
         ) from error
+    return texts

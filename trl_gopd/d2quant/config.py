@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import torch
@@ -17,13 +17,13 @@ QUANT_METHOD = "d2quant"
 FORMAT_VERSION = 1
 ROUNDINGS = ("rtn", "gptq", "gptaq")
 ROTATIONS = (None, "full", "group")
-SCALE_DTYPES = ("float16", "bfloat16", "float32")
+SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 # What only the machine that quantizes needs: shared by copies, left out of `config.json`.
 RUNTIME_FIELDS = ("dataset", "tokenizer", "work_dir")
 
 
-class D2QuantConfig(QuantizationConfigMixin):
+class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
     Configuration of D²Quant, weight-only quantization below four bits: https://huggingface.co/papers/2602.02546.
 
@@ -265,7 +265,7 @@ class D2QuantConfig(QuantizationConfigMixin):
         """What `config.json` holds: all fields but those that only the machine that quantizes needs."""
         return {name: copy.deepcopy(value) for name, value in vars(self).items() if name not in RUNTIME_FIELDS}
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
 
     def __eq__(self, other: object) -> bool:
@@ -282,6 +282,11 @@ class D2QuantConfig(QuantizationConfigMixin):
     def skips(self, name: str) -> bool:
         """Whether the linear that is called `name` in its model stays as it is."""
         return is_listed(name, self.modules_to_not_convert)
+
+    @property
+    def torch_scale_dtype(self) -> torch.dtype:
+        """`scale_dtype` as a dtype of torch."""
+        return SCALE_DTYPES[self.scale_dtype]
 
     def grid_of(self, name: str) -> Grid:
         """Codebook of the linear that is called `name` in its model, once `down_modules` is known."""
@@ -302,7 +307,7 @@ class D2QuantConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"`bits` must be 2 or 3 for the grid 'bitplane', got {self.bits}. Use the grid 'affine' or 'midrise'."
             )
-        self._check_choices("scale_dtype", SCALE_DTYPES)
+        self._check_choices("scale_dtype", tuple(SCALE_DTYPES))
         self._check_choices("rounding", ROUNDINGS)
         self._check_number("alpha", 0, 1, "0 is GPTQ.")
         self._check_number("damp_percent", 0, 1, "GPTQ uses 0.01.", open_start=True)
@@ -323,7 +328,7 @@ class D2QuantConfig(QuantizationConfigMixin):
             if value is not None and not (isinstance(value, (list, tuple)) and all(type(v) is str for v in value)):
                 raise TypeError(f"`{name}` must be a list of names of linears, got {value!r}. Pass ['mlp.down_proj'].")
 
-    def _check_choices(self, name: str, accepted: tuple) -> None:
+    def _check_choices(self, name: str, accepted: tuple[Any, ...]) -> None:
         value = getattr(self, name)
         # of the same type too: True is 1, and 2.0 is 2
         if not any(type(value) is type(choice) and value == choice for choice in accepted):

@@ -61,8 +61,9 @@ class QuantizedWeight:
             assert self.zero_points is not None
             return self.scales[0][:, group] * (codes - self.zero_points.to(codes.dtype)[:, group])
         if self.grid == "midrise":
-            return self.scales[0][:, group] * (codes - (2**self.bits - 1) / 2)
-        planes = (self.codes.int() >> torch.arange(self.bits, device=self.codes.device)[:, None, None]) & 1
+            middle: float = (2**self.bits - 1) / 2
+            return self.scales[0][:, group] * (codes - middle)
+        planes: Tensor = (self.codes.int() >> torch.arange(self.bits, device=self.codes.device)[:, None, None]) & 1
         return (self.scales[:, :, group] * (2 * planes - 1).to(self.scales.dtype)).sum(0)
 
 
@@ -118,7 +119,7 @@ class GroupGrid:
         if self.grid != "bitplane":
             return (codes - self.zero).mul_(self.scales[0])
         first, *others = zip(self.scales, _signs(codes, self.bits), strict=True)
-        values = first[0] * first[1]
+        values: Tensor = first[0] * first[1]
         for scales, signs in others:
             values.addcmul_(scales, signs)
         return values

@@ -27,6 +27,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from .config import QUANT_METHOD, RUNTIME_FIELDS, D2QuantConfig, is_listed
+from .convert import empty_packed
 from .linear import D2QuantLinear
 
 
@@ -50,7 +51,7 @@ REMEDY = "Copy or download the checkpoint again, or quantize the model again."
 logger = logging.get_logger(__name__)
 
 
-class D2QuantHfQuantizer(HfQuantizer):
+class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
     """
     What `from_pretrained` calls for a [`D2QuantConfig`], or for a checkpoint that holds one.
 
@@ -184,7 +185,7 @@ def mark_quantized(model: "PreTrainedModel", config: D2QuantConfig) -> None:
 
 
 def save_quantized(
-    model: "PreTrainedModel", path: str | os.PathLike, *, tokenizer: "PreTrainedTokenizerBase | None" = None
+    model: "PreTrainedModel", path: str | os.PathLike[str], *, tokenizer: "PreTrainedTokenizerBase | None" = None
 ) -> None:
     """
     Saves a quantized model as a whole or not at all, and so that `trust_remote_code=True` can load it.
@@ -302,17 +303,12 @@ def _insert_packed(model: "PreTrainedModel", config: D2QuantConfig) -> list[str]
     for name, linear in _block_linears(model).items():
         if config.skips(name):
             continue
-        packed = D2QuantLinear(
-            linear.in_features,
-            linear.out_features,
-            bits=config.bits,
-            group_size=config.group_size,
+        packed = empty_packed(
+            linear,
+            config,
             grid=config.grid_of(name),
             bias=is_listed(name, config.bias_modules),
             input_scale=is_listed(name, config.input_scale_modules),
-            scale_dtype=getattr(torch, config.scale_dtype),
-            dtype=linear.weight.dtype,
-            device=linear.weight.device,
         )
         packed._is_hf_initialized = True  # or words that are on disk, or missing, would be drawn from a distribution
         model.set_submodule(name, packed)

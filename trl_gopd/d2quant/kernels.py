@@ -70,9 +70,9 @@ def quantized_linear(x: Tensor, module: "D2QuantLinear") -> Tensor:
         x = x * module.input_scale.to(x.dtype)
     bias = None if module.bias is None else module.bias.to(x.dtype)
     rows, packed = x.reshape(-1, x.shape[-1]), module.packed
-    y = _compiled_linear(rows, bias, packed) if _suits_compiled(rows, bias, packed) else None
+    y: Tensor | None = _compiled_linear(rows, bias, packed) if _suits_compiled(rows, bias, packed) else None
     if y is None:
-        y = _QuantizedLinear.apply(rows, bias, *packed)
+        y = _QuantizedLinear.apply(rows, bias, *packed)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -189,17 +189,19 @@ def _by_group(matrix: Tensor, parameters: Tensor, group_size: int) -> Iterator[t
     groups = matrix.shape[-1] // group_size
     whole = groups * group_size
     if whole:
-        yield matrix[..., :whole].unflatten(-1, (groups, group_size)), parameters[..., :groups, None]
+        yield torch.unflatten(matrix[..., :whole], -1, (groups, group_size)), parameters[..., :groups, None]
     if whole < matrix.shape[-1]:
         yield matrix[..., None, whole:], parameters[..., groups:, None]
 
 
-# The compiler starts over for every combination of these.
-@torch.inference_mode(False)
-@torch.no_grad()
-@torch.autocast("cpu", enabled=False)
 def _compiled_linear(x: Tensor, bias: Tensor | None, packed: Packed) -> Tensor | None:
     """What `_QuantizedLinear` returns, or `None` if the kernel turned out not to compile."""
+    # The compiler starts over for every combination of these three.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        return _run_compiled(x, bias, packed)
+
+
+def _run_compiled(x: Tensor, bias: Tensor | None, packed: Packed) -> Tensor | None:
     global _compiled
     compiled = _compiled
     if compiled is None:
@@ -247,9 +249,9 @@ def _row_product(bits: int) -> Callable[..., Tensor]:
     """
 
     def product(x: Tensor, words: Tensor, scales: Tensor, zero_points: Tensor) -> Tensor:
-        blocks = words.unflatten(0, (-1, bits))  # (blocks, bits, out_features), a block has 32 codes
-        inputs = x.unflatten(0, (-1, 32))
-        total = -inputs.sum(1)[:, None] * _repeat(zero_points, blocks.shape[0])
+        blocks = torch.unflatten(words, 0, (-1, bits))  # (blocks, bits, out_features), a block has 32 codes
+        inputs = torch.unflatten(x, 0, (-1, 32))
+        total: Tensor = -inputs.sum(1)[:, None] * _repeat(zero_points, blocks.shape[0])
         for position in range(32):
             word, shift = position * bits // 32, position * bits % 32
             codes = blocks[:, word] >> shift

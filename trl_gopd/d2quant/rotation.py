@@ -111,18 +111,18 @@ def rotation_matrix(size: int, *, seed: int = 0) -> Tensor:
     odd = size // (size & -size)
     index = torch.arange(odd, dtype=torch.float64)
     angles = 2 * torch.pi / odd * torch.outer(index, index)
-    matrix = (angles.cos() + angles.sin()) / odd**0.5
+    matrix: Tensor = (angles.cos() + angles.sin()) / odd**0.5
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / 2**0.5
-    signs = torch.randint(2, (size, 1), generator=torch.Generator().manual_seed(seed))
-    return matrix * (2 * signs - 1)
+    signs: Tensor = 2 * torch.randint(2, (size, 1), generator=torch.Generator().manual_seed(seed)) - 1
+    return matrix * signs
 
 
 def _rotate_rows(weight: Tensor, matrix: Tensor) -> None:
     """`weight ← weight · Q` in place; `weight` is `(rows, hidden_size)`, or a view of that shape."""
     matrix = matrix.to(weight.device)
-    for rows in weight.split(CHUNK_ROWS):
-        rows.copy_((rows.double().unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2))
+    for rows in torch.split(weight, CHUNK_ROWS):
+        rows.copy_((torch.unflatten(rows.double(), -1, (-1, len(matrix))) @ matrix).flatten(-2))
 
 
 def _norm_readers(model: PreTrainedModel, topology: Topology) -> dict[str, tuple[str, ...]]:

@@ -99,7 +99,7 @@ def round_weight(
         ValueError: If the damped H is not positive definite.
     """
     rows, columns = weight.shape
-    groups = torch.arange(columns, device=weight.device).split(group_size)
+    groups = torch.split(torch.arange(columns, device=weight.device), group_size)
     if hessian is not None and act_group_aware:
         groups = _order(groups, hessian.diagonal())
     order = torch.cat(groups)
@@ -180,7 +180,8 @@ def inverse_factor(hessian: Tensor, damp_percent: float) -> Tensor:
             "Raise it, or calibrate on more tokens."
         )
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    reversed_factor: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return reversed_factor.flip(0, 1)
 
 
 def _order(groups: tuple[Tensor, ...], diagonal: Tensor) -> tuple[Tensor, ...]:

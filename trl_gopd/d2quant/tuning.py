@@ -11,6 +11,7 @@ scaling of the rows of `up_proj`, the second a bias. Nothing is stored that was 
 """
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +29,7 @@ from trl_gopd.evaluation.resources import return_freed_memory
 
 if TYPE_CHECKING:
     from trl_gopd.d2quant.config import D2QuantConfig
-    from trl_gopd.d2quant.pipeline import BlockCalls
+    from trl_gopd.d2quant.streams import BlockCalls
 
 # Tokens whose logits exist at a time: 6 MiB each for a vocabulary of 49,152, and half a dozen of them.
 CHUNK = 32
@@ -118,7 +119,7 @@ def _train(
     return losses
 
 
-def _tuned_parameters(topology: Topology):
+def _tuned_parameters(topology: Topology) -> Iterator[nn.Parameter]:
     """Floating-point parameters of the blocks that are one number a row or a channel: no dense matrix among them."""
     for block in topology.blocks:
         for module in block.module.modules():
