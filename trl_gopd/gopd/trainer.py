@@ -22,7 +22,15 @@ from trl import GRPOTrainer
 
 from ..files import written_whole
 from . import routing, teachers
-from ._trl import disable_gradient_checkpointing, gather_heads, get_config_model_id
+from ._trl import (
+    ACCEPTED,
+    check_device,
+    check_head,
+    disable_gradient_checkpointing,
+    eos_token_ids,
+    gather_heads,
+    get_config_model_id,
+)
 from .cache import CachedScorer
 from .config import GOPDConfig
 from .monitors import completion_rows, is_eos, summarize_completions, token_table, topk_overlap
@@ -186,6 +194,7 @@ class GOPDTrainer(GRPOTrainer):
             raise TypeError(
                 f"`args` must be a `GOPDConfig`, got {type(args).__name__}. Build one with the same fields."
             )
+        check_device(args.device)
         if teacher_model is None:
             teacher_model = args.teacher_models or args.teacher_model_name_or_path
         if ref_model is None:
@@ -221,6 +230,7 @@ class GOPDTrainer(GRPOTrainer):
         # What the reference is by default has to be settled before GRPO wraps, and changes, the student.
         start = self._student_start(model, args, peft_config) if self._routing.uses_start else None
 
+        set_seed(args.seed)  # TRL before 1.15 does so only after it has drawn a new adapter
         super().__init__(
             model=model,
             reward_funcs=reward_funcs if self._has_rewards else _null_reward,
@@ -448,6 +458,7 @@ class GOPDTrainer(GRPOTrainer):
         if not is_peft_available() or not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
             return
         model = self.accelerator.unwrap_model(self.model)
+        check_head(model)
         if self.args.gopd_estimator != "sampled" and isinstance(model.active_peft_config, PromptLearningConfig):
             raise ValueError(
                 f"Prompt-learning adapters are not supported by `gopd_estimator={self.args.gopd_estimator!r}`, which "
@@ -595,7 +606,7 @@ class GOPDTrainer(GRPOTrainer):
 
     def _observe_completions(self, output):
         """Logs what the completions look like; in training they may move λ."""
-        rows = completion_rows(output["completion_ids"], output["completion_mask"], self.eos_token_ids)
+        rows = completion_rows(output["completion_ids"], output["completion_mask"], eos_token_ids(self))
         summary = summarize_completions(self.accelerator.gather(rows))
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["completions/p95_length"].append(summary.p95_length)
@@ -644,7 +655,7 @@ class GOPDTrainer(GRPOTrainer):
         if missed:
             raise RuntimeError(
                 f"TRL {trl.__version__} computed the loss without asking for log-probabilities first, so the "
-                "distillation advantages were never set. Use trl>=1.16,<1.17."
+                f"distillation advantages were never set. Use trl{ACCEPTED}."
             )
         return loss
 
@@ -881,7 +892,7 @@ class GOPDTrainer(GRPOTrainer):
             "advantage_positive_share": (advantages > 0).float(),
             **{name: value for name, value in others.items() if value is not None},
         }
-        ends = is_eos(inputs["completion_ids"], mask, self.eos_token_ids)
+        ends = is_eos(inputs["completion_ids"], mask, eos_token_ids(self))
         end_means = {"eos_advantage": advantages}
         if self._varies:
             means["lambda"] = lambdas.expand(mask.shape)
