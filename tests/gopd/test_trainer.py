@@ -555,7 +555,7 @@ class TestRun:
         monkeypatch.setattr(
             "trl.GRPOTrainer._compute_loss", lambda self, model, inputs: inputs["advantages"].sum() * 0
         )
-        with pytest.raises(RuntimeError, match="without asking for log-probabilities first.*trl>=1.16"):
+        with pytest.raises(RuntimeError, match="without asking for log-probabilities first.*trl>=1.14"):
             trainer._compute_loss(trainer.model, trainer.seen)
 
 

@@ -1,16 +1,38 @@
 """
-Every private name of TRL that this package uses, and the only file to change when TRL moves one.
+Every private name of TRL that this package uses, the versions that have them, and the only file to change when TRL
+moves one.
 
-`tests/contract/` pins what is relied on.
+`tests/contract/` pins what is relied on; `make compat` runs it with each of these versions.
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import (
+import trl
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+
+ACCEPTED = ">=1.14,<1.17"
+
+if not SpecifierSet(ACCEPTED).contains(trl.__version__, prereleases=True):
+    raise ImportError(
+        f"TRL {trl.__version__} is installed, but trl_gopd overrides private methods of its trainer as they are in "
+        f"`trl{ACCEPTED}`. Install one of these versions: pip install 'trl{ACCEPTED}'."
+    )
+
+# After the check, since another version may lack these names and would end in a message about one of them.
+from trl.models.utils import (  # noqa: E402
+    _ForwardRedirection,
+    disable_gradient_checkpointing,
+    prepare_deepspeed,
+    prepare_fsdp,
+)
+from trl.trainer.utils import (  # noqa: E402
     create_model_from_path,
     get_config_model_id,
     maybe_gather_lm_head_ctx,
@@ -19,9 +41,13 @@ from trl.trainer.utils import (
 
 
 __all__ = [
+    "ACCEPTED",
     "allow_one_generation",
+    "check_device",
+    "check_head",
     "create_model_from_path",
     "disable_gradient_checkpointing",
+    "eos_token_ids",
     "gather_heads",
     "get_config_model_id",
     "prepare_deepspeed",
@@ -29,6 +55,35 @@ __all__ = [
     "through_forward",
     "use_adapter",
 ]
+
+
+def check_device(device: torch.device) -> None:
+    """Raises if the installed TRL cannot train on `device`."""
+    # The output head of 1.15 is a Triton kernel alone; 1.14 has none, and that of 1.16 exists in torch too.
+    needs_triton = Version(trl.__version__).release[:2] == (1, 15)
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if needs_triton and device.type not in ("cuda", "xpu") and not is_interpreted:
+        raise ValueError(
+            f"TRL {trl.__version__} computes log-probabilities with a Triton kernel and cannot train on the device "
+            f"{str(device)!r}, only on CUDA or XPU. Train there, or install another version: "
+            f"pip install 'trl{ACCEPTED},!=1.15.*'."
+        )
+
+
+def check_head(student: Any) -> None:
+    """Raises for an adapter on the output head, which TRL does itself from 1.15 on."""
+    if isinstance(student.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(
+            "Giving a PEFT adapter to `lm_head` is not supported: hidden states are multiplied by the head's own "
+            "weight, so the adapter would not be trained. Remove 'lm_head' from `target_modules`."
+        )
+
+
+def eos_token_ids(trainer: Any) -> list[int]:
+    """Ids that end a completion of a [`~trl.GRPOTrainer`]: before 1.14.2 the tokenizer's alone."""
+    if Version(trl.__version__) < Version("1.14.2"):
+        return [trainer._tokenizer.eos_token_id]
+    return list(trainer.eos_token_ids)
 
 
 class _AtLeastTwo(int):

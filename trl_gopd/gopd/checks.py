@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers.utils import is_peft_available
 
+from ._trl import check_head
 from .config import GOPDConfig
 
 
@@ -75,6 +76,7 @@ def check_student(model: Any, args: GOPDConfig) -> None:
     """Raises `ValueError` for a student that the estimator cannot train."""
     if not is_peft_available() or not isinstance(model, PeftModel):
         return
+    check_head(model)
     if args.gopd_estimator != "sampled" and isinstance(model.active_peft_config, PromptLearningConfig):
         raise ValueError(
             f"Prompt-learning adapters are not supported by `gopd_estimator={args.gopd_estimator!r}`, which "

@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 
 from ..files import written_whole
 from . import batch as keys
-from ._trl import disable_gradient_checkpointing, get_config_model_id
+from ._trl import ACCEPTED, check_device, disable_gradient_checkpointing, eos_token_ids, get_config_model_id
 from .batch import Batch, Scores
 from .checks import check_arguments, check_dataset, check_rewards, check_student
 from .completion_log import CompletionLog
@@ -179,6 +179,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
             args = GOPDConfig(f"{name.split('/')[-1]}-GOPD")
         has_environment = grpo_kwargs.get("environment_factory") is not None
         check_arguments(args, uses_tools=bool(tools) or has_environment)
+        check_device(args.device)
         if reward_funcs:
             check_rewards(args, source="`reward_funcs`")
         if teacher_model is None:
@@ -205,6 +206,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         if self._routing.uses_start:
             start = student_start(model, has_peft_config=peft_config is not None, keeps_reference=args.beta != 0)
 
+        set_seed(args.seed)  # TRL before 1.15 does so only after it has drawn a new adapter
         super().__init__(
             model=model,
             reward_funcs=reward_funcs or _null_reward,
@@ -419,7 +421,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         """Logs what the completions look like; in training they may move λ."""
         ids = output[keys.COMPLETION_IDS]
         written = torch.arange(ids.size(1), device=ids.device) < self._lengths.unsqueeze(1)
-        rows = completion_rows(ids, written, self.eos_token_ids)
+        rows = completion_rows(ids, written, eos_token_ids(self))
         summary = summarize_completions(self.accelerator.gather(rows))
         self._metrics[self._mode]["completions/p95_length"].append(summary.p95_length)
         self._metrics[self._mode]["completions/repetition"].append(summary.repetition)
@@ -463,7 +465,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         if missed:
             raise RuntimeError(
                 f"TRL {trl.__version__} computed the loss without asking for log-probabilities first, so the "
-                "distillation advantages were never set. Use trl>=1.16,<1.17."
+                f"distillation advantages were never set. Use trl{ACCEPTED}."
             )
         return loss
 
@@ -509,7 +511,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         values = token_values(
             estimate,
             batch,
-            eos_token_ids=self.eos_token_ids,
+            eos_token_ids=eos_token_ids(self),
             extrapolation_clip=self.args.gopd_extrapolation_clip,
             varies=self._varies,
         )
