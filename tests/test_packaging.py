@@ -13,6 +13,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -97,6 +98,25 @@ def breaches(root: Path) -> list[str]:
             if reason:
                 found.append(f"{path.relative_to(root.parent).as_posix()}:{line}: {name}: {reason}")
     return found
+
+
+def circles(root: Path) -> list[list[str]]:
+    """
+    Returns the first circle of modules below `root` that import one another, at any depth, under `TYPE_CHECKING` too.
+    `root` itself is left out: it names the public objects and loads them when they are first used.
+    """
+    files = {module_name(path, root): path for path in root.rglob("*.py") if path != root / "__init__.py"}
+    graph: dict[str, set[str]] = {}
+    for module, path in files.items():
+        names = (name for _, name in imported_names(path, root))
+        # `from a import b` is an import of the module a.b if that is one, and of a otherwise
+        targets = {name if name in files else name.rpartition(".")[0] for name in names}
+        graph[module] = {target for target in targets if target in files and target != module}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return [error.args[1]]
+    return []
 
 
 class TestImport:
@@ -246,6 +266,27 @@ class TestDependencyRule:
         path.parent.mkdir(parents=True)
         path.write_text(source + "\n")
         assert breaches(tmp_path / "trl_gopd") == []
+
+
+class TestCircles:
+    def test_there_is_none(self):
+        assert circles(PACKAGE) == []
+
+    @pytest.mark.parametrize(
+        "sources",
+        [
+            {"a": "from .b import x", "b": "from .a import y"},
+            {"a": "from . import b", "b": "def f():\n    import trl_gopd.a"},
+            {"a": "from .b import x", "b": "from .c import x", "c": "from trl_gopd.a import x"},
+        ],
+    )
+    def test_one_is_found(self, tmp_path, sources):
+        for name, source in {"__init__": "", **sources}.items():
+            path = tmp_path / "trl_gopd" / f"{name}.py"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(source + "\n")
+        (found,) = circles(tmp_path / "trl_gopd")
+        assert {f"trl_gopd.{name}" for name in sources} <= set(found)
 
 
 class TestMetadata:

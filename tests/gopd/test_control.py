@@ -152,8 +152,13 @@ class TestSchedule:
         }
         trainer = make(per_device_train_batch_size=8, **options)
         batches = []
-        observe = trainer._observe
-        trainer._observe = lambda estimate, batch: (batches.append(vars(batch)), observe(estimate, batch))
+        observe = trainer._observer.micro_batch
+
+        def observing(estimate, batch, **kwargs):
+            batches.append(vars(batch))
+            return observe(estimate, batch, **kwargs)
+
+        trainer._observer.micro_batch = observing
         trainer.train()
         s, t, r = sampled_logps(models, batches[0], reference="base")
         mask = batches[0]["completion_mask"].bool()

@@ -1,5 +1,6 @@
 """Checks of what a trainer was given, before anything is loaded or changed."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers.utils import is_peft_available
@@ -48,6 +49,27 @@ def check_rewards(args: GOPDConfig, *, source: str) -> None:
             f"{source} act on the log-probabilities of the sampled tokens, which "
             f"`gopd_estimator={args.gopd_estimator!r}` does not train. Use 'sampled'."
         )
+
+
+def check_datasets(
+    datasets: Mapping[str, Any], check_rows: Callable[[Any, str], None], *, needs_prompts: bool
+) -> None:
+    """
+    Raises `ValueError` for data sets that cannot be trained on.
+
+    Args:
+        datasets (`Mapping[str, Any]`):
+            By the name of the trainer's argument: a data set, a dictionary of several, or `None`.
+        check_rows (`Callable`):
+            Looks at the rows of a data set with this name.
+        needs_prompts (`bool`):
+            Whether rows need a prompt, which otherwise an environment gives.
+    """
+    for name, dataset in datasets.items():
+        parts = {f"{name}[{key!r}]": part for key, part in dataset.items()} if isinstance(dataset, dict) else {}
+        for part_name, part in (parts or {name: dataset}).items():
+            check_dataset(part, part_name, needs_prompts=needs_prompts)
+            check_rows(part, part_name)
 
 
 def check_dataset(dataset: Any, name: str, *, needs_prompts: bool) -> None:

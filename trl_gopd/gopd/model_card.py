@@ -1,5 +1,6 @@
-"""What the model card says of a distilled student: its teachers, references, λ and estimator."""
+"""What the model card says of a distilled student: its teachers, references, λ, estimator and the paper."""
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,21 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from .config import GOPDConfig
+
+
+# As [`~trl.GRPOTrainer`] wants it
+PAPER = {
+    "title": "Learning beyond Teacher: Generalized On-Policy Distillation with Reward Extrapolation",
+    "id": "2602.12125",
+    # docstyle-ignore
+    "citation": textwrap.dedent("""\
+        @article{yang2026learning,
+            author = {Wenkai Yang and Weijie Liu and Ruobing Xie and Kai Yang and Saiyong Yang and Yankai Lin},
+            title  = {{Learning beyond Teacher: Generalized On-Policy Distillation with Reward Extrapolation}},
+            year   = 2026,
+            eprint = {arXiv:2602.12125},
+        }"""),
+}
 
 
 def describe(

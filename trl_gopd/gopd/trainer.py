@@ -2,9 +2,7 @@
 
 import functools
 import logging
-import math
 import os
-import textwrap
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,51 +16,30 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from trl import GRPOTrainer
 
-from ..files import written_whole
 from . import batch as keys
 from ._trl import ACCEPTED, check_device, disable_gradient_checkpointing, eos_token_ids, get_config_model_id
 from .batch import Batch, Scores
-from .checks import check_arguments, check_dataset, check_rewards, check_student
+from .checks import check_arguments, check_datasets, check_rewards, check_student
 from .completion_log import CompletionLog
 from .config import GOPDConfig
 from .estimators.build import build_estimator
-from .estimators.protocol import Estimate
 from .frozen.adapter import student_start, without_adapters
 from .frozen.build import FrozenBuilder, asks_servers
-from .frozen.routing import Routing
-from .metrics import means, nothing_to_learn, summarize, token_values
-from .model_card import describe
-from .monitors import completion_rows, summarize_completions
+from .frozen.routing import Routing, as_name
+from .generation_batch import route
+from .model_card import PAPER, describe
+from .observer import EndOfStep, Observer
 from .prompts import TeacherPrompts
+from .rewards import drop_null_reward, null_reward
 from .rollouts import stored_completions, stored_ratio
-from .schedules import deviation_squares
 from .state import read_state, write_state
 from .student import Student
-from .visualize import advantages_html
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 logger = logging.getLogger(__name__)
-
-ADVANTAGE_COLUMN = "gopd_advantage"  # of the table of completions, beside the advantage of task rewards
-
-
-class _EndOfStep(TrainerCallback):  # type: ignore[misc]
-    """Tells the trainer that an optimizer step has ended, before anything is saved."""
-
-    def __init__(self, trainer: "GOPDTrainer") -> None:
-        self._trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._end_step()
-
-
-def _null_reward(prompts: list[Any], environments: list[Any] | None = None, **kwargs: Any) -> list[float | None]:
-    """GRPO wants a reward function; distillation has none. It has no say where an environment gives the reward."""
-    environments = environments or [None] * len(prompts)
-    return [None if hasattr(environment, "get_reward") else 0.0 for environment in environments]
 
 
 class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -140,18 +117,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
 
     _tag_names = ["trl", "gopd"]
     _name = "G-OPD"
-    _paper = {
-        "title": "Learning beyond Teacher: Generalized On-Policy Distillation with Reward Extrapolation",
-        "id": "2602.12125",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{yang2026learning,
-                author = {Wenkai Yang and Weijie Liu and Ruobing Xie and Kai Yang and Saiyong Yang and Yankai Lin},
-                title  = {{Learning beyond Teacher: Generalized On-Policy Distillation with Reward Extrapolation}},
-                year   = 2026,
-                eprint = {arXiv:2602.12125},
-            }"""),
-    }
+    _paper = PAPER
 
     def __init__(
         self,
@@ -173,7 +139,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         **grpo_kwargs: Any,
     ) -> None:
         # A path is a name to everything below, in TRL too.
-        model, teacher_model, ref_model = map(_as_name, (model, teacher_model, ref_model))
+        model, teacher_model, ref_model = map(as_name, (model, teacher_model, ref_model))
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GOPDConfig(f"{name.split('/')[-1]}-GOPD")
@@ -182,22 +148,14 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         check_device(args.device)
         if reward_funcs:
             check_rewards(args, source="`reward_funcs`")
-        if teacher_model is None:
-            teacher_model = args.teacher_models or args.teacher_model_name_or_path
-        if ref_model is None:
-            ref_model = args.ref_models or args.ref_model_name_or_path
-        if teacher_model is None:
-            raise ValueError(
-                "No teacher: `teacher_model` and `args.teacher_model_name_or_path` are both None. Pass one of them."
-            )
         self._routing = Routing(teacher_model, ref_model, args)
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            parts = {f"{name}[{key!r}]": part for key, part in dataset.items()} if isinstance(dataset, dict) else {}
-            for part_name, part in (parts or {name: dataset}).items():
-                check_dataset(part, part_name, needs_prompts=not has_environment)
-                self._routing.check_dataset(part, part_name)
+        check_datasets(
+            {"train_dataset": train_dataset, "eval_dataset": eval_dataset},
+            self._routing.check_dataset,
+            needs_prompts=not has_environment,
+        )
         asks = asks_servers(self._routing, args.gopd_estimator)
-        if ref_model is not None and not self._routing.uses_reference:
+        if self._routing.gives_reference and not self._routing.uses_reference:
             warnings.warn(
                 "`ref_model` is not loaded: with `gopd_lambda=1` it cancels out of the objective.", stacklevel=2
             )
@@ -209,7 +167,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         set_seed(args.seed)  # TRL before 1.15 does so only after it has drawn a new adapter
         super().__init__(
             model=model,
-            reward_funcs=reward_funcs or _null_reward,
+            reward_funcs=reward_funcs or null_reward,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -221,7 +179,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
             tools=tools,
             **grpo_kwargs,
         )
-        self._has_rewards = any(function is not _null_reward for function in self.reward_funcs)
+        self._has_rewards = any(function is not null_reward for function in self.reward_funcs)
         if self._has_rewards:
             check_rewards(args, source="The rewards of `reward_funcs` or of an environment's `get_reward`")
         check_student(self.accelerator.unwrap_model(self.model), args)
@@ -236,7 +194,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         )
         self._frozen = builder.build(self._routing, start)
         if args.beta == 0 and self.references:  # otherwise it is what GRPO's own KL penalty is measured from
-            self.ref_model = _modules(self.references)
+            self.ref_model = self._frozen.modules("references")
         self._teacher_prompts = TeacherPrompts(
             self._routing.by_teacher("teacher_prompt", teacher_prompt),
             self._routing.by_teacher("teacher_processing_class", teacher_processing_class),
@@ -260,10 +218,20 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         if not self._estimator.needs_old_logps:  # then nothing is corrected for the sampler either
             self.vllm_importance_sampling_correction = False
         self._schedule = args.build_lambda_schedule()
-        self._is_first_batch = True
-        self._deviations: Tensor | None = None  # what the adaptive schedule has seen of this step
-        self.add_callback(_EndOfStep(self))
-        self._completion_log = CompletionLog(args.gopd_extrapolation_clip) if args.log_completions else None
+        self._observer = Observer(
+            args,
+            self._schedule,
+            self.accelerator,
+            teacher_ids=list(self.teachers),
+            mixes_lambda=self._routing.varies,
+            eos_token_ids=eos_token_ids(self),
+        )
+        self.add_callback(EndOfStep(self._observer))
+        self._completion_log = None
+        if args.log_completions:
+            self._completion_log = CompletionLog(
+                self.accelerator, has_rewards=self._has_rewards, extrapolation_clip=args.gopd_extrapolation_clip
+            )
         self._rows: list[dict[str, Any]] = []  # of the data set, while their completions are generated
         # The micro-batch whose log-probabilities the inherited loss is about to ask for.
         self._pending: tuple[dict[str, Any], Batch, Scores] | None = None
@@ -286,7 +254,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         The teacher as a module, or a dictionary of several by teacher id. `None` stands for one without a module of
         its own: served, stored in a cache, or an adapter of the student.
         """
-        return _modules(self.teachers)
+        return self._frozen.modules("teachers")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As in [`~trl.GRPOTrainer`], with the student, the teachers, the references, λ and the estimator."""
@@ -308,6 +276,10 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
+
+    def _add_metrics(self, group: str, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics[self._mode][f"{group}/{name}"].append(value)
 
     # Checkpoints
 
@@ -343,23 +315,37 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
 
     @torch.no_grad()
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._write_completion_log()
+        if self._completion_log is not None:
+            self._completion_log.fill(self._logs)
         self._rows = inputs
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if keys.IMAGES in output:  # from a tool, or from rows without column names
             raise NotImplementedError("Rows with images are not supported: frozen models score text only.")
-        self._route(output, inputs)
-        self._observe_completions(output)
+        route(
+            output,
+            inputs,
+            routing=self._routing,
+            prompts=self._teacher_prompts,
+            tokens_to_skip=self.args.num_loss_tokens_to_skip,
+            add_over_ranks=lambda count: self.accelerator.gather(count).sum(),
+        )
+        self._add_metrics(
+            "completions",
+            self._observer.completions(
+                output[keys.COMPLETION_IDS],
+                self._lengths,
+                step=self.state.global_step,
+                is_training=self.model.training,
+            ),
+        )
         if self.args.use_stored_completions and self._estimator.needs_old_logps:
             self._weigh_stored(output, inputs)
         batch = Batch.from_trl(output)
         if self._completion_log is not None:
-            self._completion_log.begin(len(inputs))
-            if self._has_rewards:
-                self._logs["extra"][ADVANTAGE_COLUMN].extend([math.nan] * len(inputs) * self.accelerator.num_processes)
+            self._completion_log.begin(len(inputs), self._logs)
         output.update(self._estimator.scores(batch).to_trl())
-        self._log_cache_hits()
-        self._drop_null_reward()
+        self._add_metrics("gopd", self._frozen.cache_hits())
+        drop_null_reward(self._metrics[self._mode], self._logs["rewards"], has_others=self._has_rewards)
         return output
 
     def _generate(self, prompts: list[Any]) -> Any:
@@ -367,34 +353,6 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         # TRL may mask truncated completions out, which makes them look empty.
         self._lengths = torch.tensor([len(ids) for ids in generated[1]], device=self.accelerator.device)
         return generated
-
-    def _route(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
-        """Adds which teacher a row belongs to, its λ and what its teacher reads, and leaves tokens out of the loss."""
-        mask = output[keys.COMPLETION_MASK]
-        output[keys.TEACHER_INDEX], output[keys.LAMBDA] = self._routing.rows(inputs, device=mask.device)
-        output[keys.ROW] = torch.arange(len(inputs), device=mask.device)
-        ids = list(self.teachers)
-        rendered = self._teacher_prompts(
-            inputs,
-            [ids[index] for index in output[keys.TEACHER_INDEX].tolist()],
-            prompt_ids=output[keys.PROMPT_IDS],
-            prompt_mask=output[keys.PROMPT_MASK],
-            completion_mask=mask,
-        )
-        own = mask * output[keys.TOOL_MASK] if keys.TOOL_MASK in output else mask
-        if rendered is not None:
-            output[keys.TEACHER_PROMPT_IDS], output[keys.TEACHER_PROMPT_MASK] = (
-                rendered.prompt_ids,
-                rendered.prompt_mask,
-            )
-            own = own * rendered.is_readable.unsqueeze(1)
-        skipped = self.args.num_loss_tokens_to_skip
-        if skipped:
-            own = own * (own.cumsum(1) > skipped)
-        if skipped or self.args.overlong_teacher_prompts == "drop":
-            # TRL's loss divides by the tokens of this mask, and of the generation batch, as our metrics do.
-            output[keys.TOOL_MASK] = own
-            output[keys.NUM_ITEMS] = self.accelerator.gather(own.sum()).sum()
 
     def _weigh_stored(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         """Adds the importance weights of stored completions, if it is known what their sampler gave them."""
@@ -416,37 +374,6 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         output[keys.STORED_RATIO] = stored_ratio(
             student_logps, sampled, output[keys.COMPLETION_MASK], self.args.vllm_importance_sampling_clip_max
         )
-
-    def _observe_completions(self, output: dict[str, Any]) -> None:
-        """Logs what the completions look like; in training they may move λ."""
-        ids = output[keys.COMPLETION_IDS]
-        written = torch.arange(ids.size(1), device=ids.device) < self._lengths.unsqueeze(1)
-        rows = completion_rows(ids, written, eos_token_ids(self))
-        summary = summarize_completions(self.accelerator.gather(rows))
-        self._metrics[self._mode]["completions/p95_length"].append(summary.p95_length)
-        self._metrics[self._mode]["completions/repetition"].append(summary.repetition)
-        if self.model.training:
-            for alarm in self._schedule.observe_completions(summary):
-                logger.warning("λ moves towards 1 after step %d: %s.", self.state.global_step, alarm)
-
-    def _log_cache_hits(self) -> None:
-        caches = self._frozen.caches
-        if not caches:
-            return
-        counts = torch.tensor([[cache.hits, cache.misses] for cache in caches], device=self.accelerator.device)
-        hits, misses = self.accelerator.reduce(counts.sum(0).float(), reduction="sum").tolist()
-        if hits + misses:
-            self._metrics[self._mode]["gopd/cache_hit_share"].append(hits / (hits + misses))
-        for cache in caches:
-            cache.hits = cache.misses = 0
-
-    def _drop_null_reward(self) -> None:
-        for metrics in self._metrics.values():
-            for name in () if self._has_rewards else ("reward", "reward_std", "frac_reward_zero_std"):
-                metrics.pop(name, None)
-            for name in [name for name in metrics if name.startswith(f"rewards/{_null_reward.__name__}/")]:
-                del metrics[name]
-        self._logs["rewards"].pop(_null_reward.__name__, None)
 
     # One micro-batch
 
@@ -492,7 +419,10 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         lambdas = self._schedule.at(self.state.global_step, batch.gopd_lambda.unsqueeze(1))
         assert isinstance(lambdas, Tensor)
         estimate = self._estimator.estimate(student, batch, scores, lambdas)
-        self._observe(estimate, batch)
+        if self._completion_log is not None:
+            self._completion_log.add(batch, estimate)
+        is_training = self.model.training
+        self._add_metrics("gopd", self._observer.micro_batch(estimate, batch, is_training=is_training))
         # GRPO's own advantages are zero without `reward_funcs`.
         advantages = estimate.credits
         if self._has_rewards:
@@ -503,92 +433,16 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         inputs[keys.ADVANTAGES] = advantages
         return estimate.logps, estimate.entropy, estimate.aux_loss
 
-    # What is logged and observed
-
-    @torch.no_grad()
-    def _observe(self, estimate: Estimate, batch: Batch) -> None:
-        """Logs a micro-batch. In training, the schedule of λ sees how far the student is from its teacher."""
-        values = token_values(
-            estimate,
-            batch,
-            eos_token_ids=eos_token_ids(self),
-            extrapolation_clip=self.args.gopd_extrapolation_clip,
-            varies=self._varies,
-        )
-        by_name = means(
-            values,
-            batch.teacher_index,
-            list(self.teachers),
-            add_over_ranks=functools.partial(self.accelerator.reduce, reduction="sum"),
-        )
-        if self._is_first_batch and self.model.training:
-            self._is_first_batch = False
-            for reason in nothing_to_learn(by_name):
-                logger.warning(reason)
-        advantages, known = values["advantage_mean"]
-        largest = torch.cat([advantages[known].abs(), advantages.new_zeros(1)]).max().reshape(1)
-        for name, value in summarize(by_name, self.accelerator.gather(largest).max().item()).items():
-            self._metrics[self._mode][f"gopd/{name}"].append(value)
-        if self._completion_log is not None:
-            self._completion_log.add(batch, estimate)
-        if self._schedule.kind == "adaptive" and self.model.training and estimate.reference_logps is not None:
-            shown = known if estimate.has_reference is None else known & estimate.has_reference
-            squares = deviation_squares(
-                student_logps=estimate.student_logps,
-                teacher_logps=estimate.teacher_logps,
-                reference_logps=estimate.reference_logps,
-                mask=shown,
-            )
-            self._deviations = squares if self._deviations is None else self._deviations + squares
-
-    @property
-    def _varies(self) -> bool:
-        """Whether λ may differ between rows, tokens or steps."""
-        args = self.args
-        is_scheduled = self._schedule.kind != "constant" or self._schedule.back_off is not None
-        is_gated = args.gopd_deterministic_above is not None or args.gopd_needs_agreement
-        return self._routing.varies or is_scheduled or is_gated
-
-    def _end_step(self) -> None:
-        if self._deviations is not None:
-            self._schedule.observe_deviations(self.accelerator.reduce(self._deviations, reduction="sum"))
-            self._deviations = None
+    # Logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in [`~transformers.Trainer`]; with `log_completions`, also writes a page of coloured tokens."""
-        self._write_completion_log()
+        if self._completion_log is not None:
+            self._completion_log.fill(self._logs)
         super().log(logs, start_time)
-        if self._completion_log is None or not self.accelerator.is_main_process or not self.model.training:
-            return
-        rows = self._completion_log.token_rows(lambda index: str(self._tokenizer.decode([index])))
-        if rows:
-            step = self.state.global_step
-            path = Path(self.args.output_dir, "completions", f"advantages_{step:05d}.html")
-            with written_whole(path) as part:
-                part.write_text(advantages_html(rows, title=f"Advantages, step {step}"), encoding="utf-8")
-
-    def _write_completion_log(self) -> None:
-        """
-        Puts each completion's mean token advantage in the logged table: where GRPO puts that of its reward or, with
-        rewards, in a column of its own.
-        """
-        if self._completion_log is None or not len(self._completion_log.row_means):
-            return
-        rows = self.accelerator.gather(self._completion_log.row_means.to(self.accelerator.device)).tolist()
-        column = self._logs["extra"][ADVANTAGE_COLUMN] if self._has_rewards else self._logs["advantages"]
-        for _ in range(min(len(rows), len(column))):
-            column.pop()
-        column.extend(rows)
-
-
-def _modules(scorers: Mapping[str | None, Any]) -> Any:
-    """The modules of frozen models by teacher id, or the one of a single model without an id."""
-    modules = {key: getattr(getattr(scorer, "inner", None), "model", None) for key, scorer in scorers.items()}
-    return modules[None] if list(modules) == [None] else modules
-
-
-def _as_name(given: Any) -> Any:
-    """A path as a string, in a dictionary too."""
-    if isinstance(given, Mapping):
-        return {key: _as_name(value) for key, value in given.items()}
-    return os.fspath(given) if isinstance(given, os.PathLike) else given
+        if self._completion_log is not None and self.accelerator.is_main_process and self.model.training:
+            self._completion_log.write_page(
+                Path(self.args.output_dir, "completions"),
+                step=self.state.global_step,
+                decode=lambda index: str(self._tokenizer.decode([index])),
+            )

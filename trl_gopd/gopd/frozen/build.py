@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
@@ -55,6 +56,28 @@ class FrozenModels:
     def __post_init__(self) -> None:
         self.teacher = RoutedScorer(list(self.teachers.values()), self.accelerator)
         self.reference = RoutedScorer(list(self.references.values()), self.accelerator) if self.references else None
+
+    def modules(self, role: str) -> Any:
+        """
+        The models of a role, `"teachers"` or `"references"`, as modules by teacher id, or the one of a single model
+        without an id; `None` for one without a module of its own.
+        """
+        scorers: dict[str | None, Scorer] = getattr(self, role)
+        modules = {key: getattr(getattr(scorer, "inner", None), "model", None) for key, scorer in scorers.items()}
+        return modules[None] if list(modules) == [None] else modules
+
+    def cache_hits(self) -> dict[str, float]:
+        """
+        `cache_hit_share` of the rows since the last call, over all ranks and caches; empty if there were none. It has
+        to be called by all ranks together.
+        """
+        if not self.caches:
+            return {}
+        counts = torch.tensor([[cache.hits, cache.misses] for cache in self.caches], device=self.accelerator.device)
+        hits, misses = self.accelerator.reduce(counts.sum(0).float(), reduction="sum").tolist()
+        for cache in self.caches:
+            cache.hits = cache.misses = 0
+        return {"cache_hit_share": hits / (hits + misses)} if hits + misses else {}
 
     def identities(self) -> dict[str, dict[str, dict[str, Any]]]:
         """What tells the models from others, by role and teacher id, as JSON can hold it."""

@@ -1,6 +1,7 @@
 """Which teacher, which reference and which λ a row has."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,8 @@ class Routing:
 
     Args:
         teacher_model, ref_model:
-            What the user gave: a name or a model, or for several teachers a mapping from their ids; `ref_model` may be
-            `None`, as may be its entries, for the student's start.
+            What the user gave: a name or a model, or for several teachers a mapping from their ids; what `args` names
+            in place of `None`. `ref_model` may then still be `None`, as may be its entries, for the student's start.
         args ([`GOPDConfig`]):
             Configuration of the run.
 
@@ -24,6 +25,14 @@ class Routing:
     """
 
     def __init__(self, teacher_model: Any, ref_model: Any, args: Any) -> None:
+        if teacher_model is None:
+            teacher_model = args.teacher_models or args.teacher_model_name_or_path
+        if ref_model is None:
+            ref_model = args.ref_models or args.ref_model_name_or_path
+        if teacher_model is None:
+            raise ValueError(
+                "No teacher: `teacher_model` and `args.teacher_model_name_or_path` are both None. Pass one of them."
+            )
         several = isinstance(teacher_model, Mapping)
         self.teachers: dict[str | None, Any] = dict(teacher_model) if several else {None: teacher_model}
         if several and not (
@@ -69,6 +78,11 @@ class Routing:
     @property
     def _names(self) -> str:
         return "one without an id" if self._ids == [None] else str(self._ids)
+
+    @property
+    def gives_reference(self) -> bool:
+        """Whether the user gave a reference."""
+        return any(given is not None for given in self.references.values())
 
     @property
     def lambda_by_teacher(self) -> dict[str, float]:
@@ -136,3 +150,10 @@ class Routing:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise ValueError(f"`{self._lambda_column}` must be a finite number >= 0, got {value!r} in {where}.")
         return float(value)
+
+
+def as_name(given: Any) -> Any:
+    """What the user gave as a model, with paths as strings, in a dictionary too."""
+    if isinstance(given, Mapping):
+        return {key: as_name(value) for key, value in given.items()}
+    return os.fspath(given) if isinstance(given, os.PathLike) else given
