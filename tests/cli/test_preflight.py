@@ -6,9 +6,9 @@ import re
 import pytest
 from transformers import AutoModelForCausalLM
 
+from trl_gopd import preflight
 from trl_gopd.cli import main
 from trl_gopd.cli.preflight import REWARDS, _reward, build_parser
-from trl_gopd.gopd.preflight import preflight
 
 
 QUICK = {"num_samples": 4, "max_completion_length": 6, "lambdas": (0.5, 1.25)}
