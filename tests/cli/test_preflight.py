@@ -50,6 +50,14 @@ def test_is_the_report_of_the_room(models, prompts, tmp_path, capsys):
         assert f"{effect['renyi']:.4f}" in out and f"{effect['off_teacher_mass']:.3%}" in out
 
 
+def test_says_that_nothing_can_be_learned(models, prompts, capsys):
+    """With one model as teacher and student, which is then the reference too."""
+    arguments = ["preflight", str(prompts), "--teacher", str(models / "base"), "--student", str(models / "base")]
+    assert main([*arguments, *FLAGS]) == 0
+    out = capsys.readouterr().out
+    assert "recommended: λ = 1\n- There is nothing to learn: student, teacher and reference agree" in out
+
+
 def test_rewards_and_figure(models, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     prompts = tmp_path / "chat.json"

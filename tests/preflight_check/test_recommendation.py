@@ -71,3 +71,50 @@ class TestRecommend:
     def test_no_alarm_within_a_quarter(self):
         _, reasons = recommend([effect(1.0), effect(1.25, end=0.09)])
         assert not any("Length" in reason for reason in reasons)
+
+
+class TestNothingToLearn:
+    """Two of the three models are one."""
+
+    @pytest.mark.parametrize("kl", [0.0, 9e-7, -9e-7])
+    def test_teacher_is_reference(self, kl):
+        """Every λ is within the limits, which says nothing in its favour."""
+        value, reasons = recommend([effect(1.0, renyi=kl), effect(2.0, renyi=kl)])
+        assert value == 1.0
+        (reason,) = reasons
+        assert reason.startswith("Nothing can be learned about λ from these models: teacher and reference agree")
+        assert "so the target is the teacher for every λ" in reason and "needs no reference" in reason
+        assert "Pass the model from which the teacher was trained as the reference" in reason
+
+    def test_teacher_is_reference_whatever_the_rewards(self):
+        """Different rewards of the same distribution are noise."""
+        effects = [effect(1.0, renyi=0.0), effect(2.0, renyi=0.0)]
+        value, reasons = recommend(effects, [decoded(1.0, 0.0, 0.0), decoded(2.0, 1.0, 1.0)])
+        assert value == 1.0 and len(reasons) == 1
+
+    def test_models_that_differ_are_compared_as_usual(self):
+        value, reasons = recommend([effect(1.0, renyi=2e-6), effect(2.0, renyi=2e-6)])
+        assert value == 2.0 and not any("Nothing" in reason for reason in reasons)
+
+    def test_teacher_is_student(self):
+        """Extrapolation from the reference still moves the student."""
+        effects = [effect(1.0), effect(2.0)]
+        usual, told = recommend(effects), recommend(effects, same_as_student="teacher")
+        assert told[0] == usual[0] == 2.0 and told[1][1:] == usual[1]
+        assert told[1][0] == (
+            "The student is the teacher, so training with λ = 1 would not change it. Any other λ moves it away from "
+            "the teacher."
+        )
+
+    def test_reference_is_student(self):
+        """This is the default, and no news."""
+        effects = [effect(1.0), effect(2.0)]
+        assert recommend(effects, same_as_student="reference") == recommend(effects)
+
+    @pytest.mark.parametrize("same", ["teacher", "reference"])
+    def test_all_three_are_one(self, same):
+        value, reasons = recommend([effect(1.0, renyi=0.0), effect(2.0, renyi=0.0)], same_as_student=same)
+        assert value == 1.0
+        (reason,) = reasons
+        assert reason.startswith("There is nothing to learn: student, teacher and reference agree")
+        assert "with any λ" in reason and "Pass another teacher" in reason

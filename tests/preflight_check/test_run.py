@@ -2,7 +2,7 @@
 The preflight: its numbers are those of both models on the sampled states; its rule; what it refuses.
 
 - Each number equals the one computed from dense logits, row by row, without padding.
-- Teacher = reference: nothing differs, and the largest λ is recommended.
+- Teacher = reference or teacher = student: nothing can be learned about λ or by training, and the report says so.
 - Models given as instances, and the global random state, are left as they were.
 """
 
@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import trl_gopd
-from tests.preflight_check.harness import GRID, PROMPTS, QUICK, numbers, run, vowels
+from tests.preflight_check.harness import PROMPTS, QUICK, numbers, run, vowels
 from tests.tiny import LORA, build_model, build_tokenizer
 from trl_gopd.demo.smollm2 import smollm2_path
 from trl_gopd.preflight_check import ExtrapolatedLogitsProcessor, preflight
@@ -115,8 +115,24 @@ class TestNumbers:
         rounding = 259 * EPS * 4  # of one sum over the vocabulary, divided by |λ − 1| ≥ 1/4
         assert all(not effect.flips and abs(effect.renyi) <= rounding for effect in report.effects)
         assert report.log_ratios.mean == 0 and report.log_ratios.beyond["1"] == 0
-        assert report.recommended_lambda == max(GRID)
-        assert "λ changes nothing. Is the reference the one you mean?" in report.reasons[0]
+        assert report.recommended_lambda == 1
+        (reason,) = report.reasons
+        assert (
+            reason.startswith("Nothing can be learned about λ from these models") and "(KL(T ‖ R) = 0 nats" in reason
+        )
+
+    @pytest.mark.parametrize("options", [{}, {"reward_funcs": vowels}, {"sample_from": "student"}])
+    def test_teacher_equal_to_student_and_reference(self, models, options):
+        report = run(models, model=models / "teacher", ref_model=None, **options)
+        assert report.recommended_lambda == 1
+        (reason,) = report.reasons
+        assert reason.startswith("There is nothing to learn: student, teacher and reference agree")
+
+    def test_fresh_adapter_on_the_teacher_is_the_teacher(self, models, teacher):
+        peft = pytest.importorskip("peft")
+        student = peft.get_peft_model(teacher, peft.LoraConfig(**LORA))
+        report = run(models, model=student, ref_model=None)
+        assert report.reasons[0].startswith("There is nothing to learn")
 
     def test_lambda_one_is_the_teacher(self, models):
         (effect,) = (effect for effect in run(models, lambdas=[2.0]).effects if effect.gopd_lambda == 1)
@@ -243,6 +259,45 @@ class TestNumbers:
 
     def test_is_public(self):
         assert trl_gopd.preflight is preflight
+
+
+class TestTeacherIsStudent:
+    """With a reference that differs from both."""
+
+    def says_so(self, models, **options):
+        report = run(models, num_samples=2, max_completion_length=2, **options)
+        assert sum("The student is the teacher" in reason for reason in report.reasons[1:]) == 0
+        return report.reasons[0].startswith("The student is the teacher, so training with λ = 1 would not change it.")
+
+    def test_by_name(self, models, tmp_path):
+        (tmp_path / "link").symlink_to(models / "teacher")
+        assert self.says_so(models, model=models / "teacher")
+        assert self.says_so(models, model=tmp_path / "link")
+        assert not self.says_so(models, model=models / "student")
+
+    def test_by_the_same_instance(self, models, teacher):
+        assert self.says_so(models, model=teacher, teacher_model=teacher)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_by_the_weights_of_an_instance(self, models, teacher, dtype):
+        """In a wider dtype they are the same numbers."""
+        assert self.says_so(models, model=teacher.to(dtype))
+
+    def test_an_instance_that_was_changed_is_another_model(self, models, teacher):
+        """Although it was loaded from the folder of the teacher. One element of the last parameter is enough."""
+        with torch.no_grad():
+            list(teacher.parameters())[-1].view(-1)[-1] += 1
+        assert not self.says_so(models, model=teacher)
+
+    def test_by_the_weights_in_another_folder(self, models, teacher, tokenizer, tmp_path):
+        """They are known where the student is loaded, in order to sample."""
+        teacher.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        assert self.says_so(models, model=tmp_path, sample_from="student")
+
+    def test_a_student_that_was_not_given_is_not_judged(self, models):
+        report = run(models, ref_model=models / "teacher")
+        assert not any("student" in reason for reason in report.reasons)
 
 
 class TestRefusals:

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..gopd.frozen.adapter import is_same_model
 from ..gopd.frozen.local import LocalScorer, evaluation_mode
 from ..gopd.frozen.tokenizers import check_tokenizer
 from .options import Options
@@ -115,6 +116,26 @@ def load_models(given: Mapping[str, str | nn.Module], init_kwargs: dict[str, Any
     return models
 
 
+def is_student_the_teacher(given: Mapping[str, str | nn.Module], loaded: Mapping[str, nn.Module]) -> bool:
+    """
+    Whether student and teacher are known to be the same model: one name or folder, or equal parameters.
+
+    Args:
+        given (`Mapping[str, str | torch.nn.Module]`):
+            Names, paths or instances of `"model"`, the student, and of `"teacher_model"` and `"ref_model"`.
+        loaded (`Mapping[str, torch.nn.Module]`):
+            Those of them that are in memory. The parameters of a student that is not cannot be compared.
+    """
+    student, teacher = given["model"], given["teacher_model"]
+    if isinstance(student, str) and isinstance(teacher, str) and is_same_model(student, teacher):
+        return True
+    if isinstance(student, str):
+        in_memory = next((model for role, model in loaded.items() if given[role] == student), None)
+    else:
+        in_memory = student
+    return in_memory is not None and _have_equal_parameters(in_memory, loaded["teacher_model"])
+
+
 def load_tokenizer(given: str | nn.Module) -> PreTrainedTokenizerBase:
     """Returns the tokenizer that is stored with a model, and raises `ValueError` if there is none."""
     source = given if isinstance(given, str) else name_of(given, default="")
@@ -136,6 +157,20 @@ def name_of(given: Any, default: str | None = None) -> str:
         config: Any = given.config
         return config._name_or_path or (type(given).__name__ if default is None else default)
     return getattr(given, "__name__", type(given).__name__)
+
+
+def _have_equal_parameters(one: nn.Module, other: nn.Module) -> bool:
+    ours, theirs = dict(one.named_parameters()), dict(other.named_parameters())
+    return ours.keys() == theirs.keys() and all(_is_equal(ours[name], theirs[name]) for name in ours)
+
+
+def _is_equal(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    if one.is_meta or other.is_meta or one.shape != other.shape:  # A weight that is offloaded is a meta tensor.
+        return False
+    dtype = torch.promote_types(one.dtype, other.dtype)
+    return torch.equal(one.to(dtype), other.to(one.device, dtype))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from statistics import mean, stdev
+from typing import Literal
 
 from .findings import Decoded, LambdaEffect
 
@@ -20,9 +21,12 @@ def recommend(
     *,
     max_off_teacher_mass: float = MAX_OFF_TEACHER_MASS,
     max_deterministic_flips: float = MAX_DETERMINISTIC_FLIPS,
+    same_as_student: Literal["teacher", "reference"] | None = None,
 ) -> tuple[float, list[str]]:
     """
     Returns a λ of the grid by the rule that [`preflight`] states, and the reasons in words.
+
+    If teacher and reference are one model, every λ has the same target, and the only recommendation is λ = 1.
 
     Args:
         effects (`Sequence[LambdaEffect]`):
@@ -33,20 +37,23 @@ def recommend(
             Limit on the off-teacher mass of q_λ beyond that of the teacher itself.
         max_deterministic_flips (`float`, *optional*, defaults to `0.001`):
             Limit on the fraction of near-certain positions at which the most likely id changes.
+        same_as_student (`"teacher"` or `"reference"`, *optional*):
+            Which of the two is known to be the same model as the student.
 
     Returns:
         `tuple[float, list[str]]`: λ, and one or more sentences for each reason.
     """
     by_lambda = {effect.gopd_lambda: effect for effect in effects}
     teacher = by_lambda[1.0]
-    reasons = []
     if teacher.renyi < IDENTICAL_KL:
-        reasons.append(
-            f"Teacher and reference agree at these states (KL {teacher.renyi:.1g} nats), so λ changes nothing. Is the "
-            "reference the one you mean?"
+        return 1.0, [_nothing_to_learn(teacher.renyi, same_as_student)]
+    largest, reasons = _largest_within(effects, max_off_teacher_mass, max_deterministic_flips)
+    if same_as_student == "teacher":
+        reasons.insert(
+            0,
+            "The student is the teacher, so training with λ = 1 would not change it. Any other λ moves it away from "
+            "the teacher.",
         )
-    largest, judgements = _largest_within(effects, max_off_teacher_mass, max_deterministic_flips)
-    reasons += judgements
     recommended = largest
     if decoded:
         recommended, reason = _best_reward(decoded)
@@ -62,6 +69,21 @@ def recommend(
             f"{before:.2g}, so completions would get {'shorter' if after > before else 'longer'}."
         )
     return recommended, reasons
+
+
+def _nothing_to_learn(kl: float, same_as_student: str | None) -> str:
+    """Returns the reason for λ = 1 if teacher and reference are one model."""
+    measured = f"at the measured states (KL(T ‖ R) = {kl:.1g} nats per token)"
+    if same_as_student is not None:
+        return (
+            f"There is nothing to learn: student, teacher and reference agree {measured}, so the student is already "
+            "at the target, and training would not change it with any λ. Pass another teacher."
+        )
+    return (
+        f"Nothing can be learned about λ from these models: teacher and reference agree {measured}, so the target is "
+        "the teacher for every λ. λ = 1 is recommended only because it needs no reference. Pass the model from which "
+        "the teacher was trained as the reference, if the teacher is to be extrapolated."
+    )
 
 
 def _largest_within(

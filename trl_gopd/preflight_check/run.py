@@ -12,7 +12,7 @@ Training is not simulated: the states are those of the initial models, and a stu
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -23,7 +23,7 @@ import trl_gopd
 
 from .findings import Decoded
 from .measure import DETERMINISTIC, Measurement, describe_log_ratios, mean_effects, measure
-from .models import GivenModel, Models, load_models, load_tokenizer, name_of, restored
+from .models import GivenModel, Models, is_student_the_teacher, load_models, load_tokenizer, name_of, restored
 from .options import LAMBDAS, Options
 from .prompts import choose, load_prompts, tokenize
 from .recommendation import MAX_DETERMINISTIC_FLIPS, MAX_OFF_TEACHER_MASS, recommend
@@ -138,12 +138,15 @@ def preflight(
         completions = sampler.sample(models.sampler, "Sampling")
         measurement = measure(models, prompt_ids, completions, options)
         decoded = [decode(sampler, gopd_lambda, rows, rewards) for gopd_lambda in options.grid if rewards]
+
     return _report(
         settings=_settings(given, options, rewards),
         sampler=sampler,
         completions=completions,
         measurement=measurement,
         decoded=decoded,
+        # Nothing is known about a student that was not given. The reference stands in for it.
+        same_as_student=None if model is None else _same_as_student(given, loaded),
         seconds=time.perf_counter() - start,
     )
 
@@ -155,6 +158,7 @@ def _report(
     completions: list[list[int]],
     measurement: Measurement,
     decoded: list[Decoded],
+    same_as_student: Literal["teacher", "reference"] | None,
     seconds: float,
 ) -> PreflightReport:
     options = sampler.options
@@ -164,6 +168,7 @@ def _report(
         decoded,
         max_off_teacher_mass=options.max_off_teacher_mass,
         max_deterministic_flips=options.max_deterministic_flips,
+        same_as_student=same_as_student,
     )
     is_end = torch.isin(measurement.labels, torch.tensor(sampler.models.eos_ids, dtype=torch.int64))
     return PreflightReport(
@@ -192,6 +197,14 @@ def _roles(
         raise ValueError("`model` and `ref_model` are both None, and λ needs a reference. Pass one of them.")
     given = {"model": student, "teacher_model": teacher_model, "ref_model": reference}
     return {role: os.fspath(each) if isinstance(each, os.PathLike) else each for role, each in given.items()}
+
+
+def _same_as_student(
+    given: Mapping[str, str | nn.Module], loaded: Mapping[str, nn.Module]
+) -> Literal["teacher", "reference"] | None:
+    if is_student_the_teacher(given, loaded):
+        return "teacher"
+    return "reference" if given["model"] == given["ref_model"] else None
 
 
 def _settings(
