@@ -3,13 +3,14 @@ What the package promises before any of its code runs.
 
 - Importing it is quiet and light, its public names appear when first used, and transformers knows its quantizer,
   whichever is imported first.
-- The dependency rule: `gopd` and `d2quant` never import each other, the pure rooms import torch and each other only,
-  and one file alone knows TRL's private modules.
+- The dependency rule: `gopd` and `d2quant` never import each other, `gopd` never imports `preflight_check`, the pure
+  modules import torch and each other only, and one file alone knows TRL's private modules.
 - The version, the entry point and the type marker are what the metadata says.
 """
 
 import ast
 import importlib
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ PURE = {
     "trl_gopd.gopd": ("objective", "divergence", "stratified", "monitors", "schedules", "visualize"),
     "trl_gopd.d2quant": ("grids", "packing", "rounding", "correction"),
 }
+# The first package of each pair never imports the second.
+FORBIDDEN = (("gopd", "d2quant"), ("d2quant", "gopd"), ("gopd", "preflight_check"))
 TRL_SEAM = "trl_gopd.gopd._trl"
 # Modules of TRL that it moves and renames between minor versions. Names that `trl` itself exports are public.
 TRL_PRIVATE = ("trl.trainer", "trl.models", "trl.distributed", "trl.kernels")
@@ -90,7 +93,7 @@ def breaches(root: Path) -> list[str]:
             reason = None
             if not may_be_in_pure_room(module, name):
                 reason = "a pure room imports torch, the standard library and the pure rooms beside it only"
-            for ours, other in (("gopd", "d2quant"), ("d2quant", "gopd")):
+            for ours, other in FORBIDDEN:
                 if is_within(module, f"trl_gopd.{ours}") and is_within(name, f"trl_gopd.{other}"):
                     reason = f"{ours} must not import {other}"
             if module != TRL_SEAM and any(is_within(name, private) for private in TRL_PRIVATE):
@@ -143,6 +146,23 @@ class TestImport:
         assert value.__name__ == name
         assert value is getattr(sys.modules[value.__module__], name)
         assert value.__module__.startswith("trl_gopd.")
+
+    @pytest.mark.parametrize("name", trl_gopd.__all__)
+    def test_no_module_shares_a_public_name(self, name):
+        """The import of such a module would replace the public object by the module."""
+        assert importlib.util.find_spec(f"trl_gopd.{name}") is None
+
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "import trl_gopd.preflight_check.report; from trl_gopd import preflight",
+            "from trl_gopd import preflight; import trl_gopd.preflight_check.report, trl_gopd.cli.preflight",
+        ],
+    )
+    def test_preflight_is_the_function_in_every_order_of_imports(self, statement):
+        check = "import types; assert trl_gopd.preflight is preflight and type(preflight) is types.FunctionType"
+        result = run_in_process("-c", f"import trl_gopd; {statement}; {check}")
+        assert result.returncode == 0, result.stderr[-2000:]
 
     def test_unknown_attribute_is_named(self):
         with pytest.raises(AttributeError, match="'trl_gopd' has no attribute 'GOPDTrainr'"):
@@ -225,6 +245,7 @@ class TestDependencyRule:
             ("gopd/trainer.py", "from .. import d2quant", "gopd must not import d2quant"),
             ("gopd/__init__.py", "from ..d2quant import grids", "gopd must not import d2quant"),
             ("d2quant/grids.py", "import trl_gopd.gopd.objective", "d2quant must not import gopd"),
+            ("gopd/config.py", "from ..preflight_check import options", "gopd must not import preflight_check"),
             ("gopd/objective.py", "import numpy", "a pure room"),
             ("gopd/objective.py", "from . import scoring", "a pure room"),
             ("gopd/schedules.py", "from transformers import TrainerCallback", "a pure room"),

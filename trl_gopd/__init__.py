@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from trl_gopd.d2quant.config import D2QuantConfig
     from trl_gopd.d2quant.pipeline import quantize_model
     from trl_gopd.gopd.config import GOPDConfig
-    from trl_gopd.gopd.preflight import preflight
     from trl_gopd.gopd.trainer import GOPDTrainer
+    from trl_gopd.preflight_check import preflight
 
 __version__ = "0.1.0"
 
@@ -28,7 +28,7 @@ _MODULE_OF = {
     "D2QuantConfig": "trl_gopd.d2quant.config",
     "GOPDConfig": "trl_gopd.gopd.config",
     "GOPDTrainer": "trl_gopd.gopd.trainer",
-    "preflight": "trl_gopd.gopd.preflight",
+    "preflight": "trl_gopd.preflight_check",
     "quantize_model": "trl_gopd.d2quant.pipeline",
 }
 

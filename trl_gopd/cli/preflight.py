@@ -13,7 +13,7 @@ from .arguments import DTYPES, at_least, check_folders, check_models, reward_sca
 
 
 if TYPE_CHECKING:
-    from trl_gopd.gopd.preflight_report import PreflightReport
+    from trl_gopd.preflight_check.report import PreflightReport
 
 
 REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
@@ -131,7 +131,7 @@ def main(arguments: list[str]) -> int:
     _check_arguments(parser, args)
 
     # These imports take seconds, so they come after the checks that do not need them.
-    from trl_gopd.gopd.preflight import load_prompts, preflight
+    from trl_gopd.preflight_check import load_prompts, preflight
 
     optional = ("lambdas", "max_off_teacher_mass", "max_deterministic_flips")
     try:
