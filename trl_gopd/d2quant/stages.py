@@ -208,7 +208,7 @@ def _round_linear(
     nearest_error = error = None
     if hessian is not None:
         nearest = round_weight(
-            weight, bits=bits, group_size=group_size, iterations=0, clip=False, scale_dtype=scale_dtype
+            weight, bits=bits, group_size=group_size, grid="affine", iterations=0, clip=False, scale_dtype=scale_dtype
         )
         nearest_error, error = (output_error(weight, rounded, hessian) for rounded in (nearest, result))
     seconds = time.perf_counter() - start

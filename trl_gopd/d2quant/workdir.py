@@ -65,7 +65,7 @@ class WorkDir:
         self._write(STREAMS, {"full": torch.cat(streams.full), "quantized": torch.cat(streams.quantized)}, done=done)
 
     def load(self, topology: Topology, streams: Streams, config: D2QuantConfig) -> list[BlockReport]:
-        """Puts finished blocks into the model and the streams behind them into `streams`; returns their reports."""
+        """Puts finished blocks into the model and the streams behind them into `streams`. Returns their reports."""
         if not (self.path / STREAMS).exists():
             return []
         tensors, facts = self._read(STREAMS)
