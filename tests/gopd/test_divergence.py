@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_gopd.gopd.divergence import chunk_slices, extrapolated_divergence
+from trl_gopd.gopd.divergence import add_label_gradient, chunk_slices, extrapolated_divergence
 from trl_gopd.gopd.objective import LogitTransform, token_advantages
 from trl_gopd.gopd.stratified import log_probs_at, stratified_divergence
 
@@ -330,6 +330,24 @@ class TestPrecision:
 
         for whole, one in zip(gradients(4096), gradients(1), strict=True):
             assert torch.equal(whole, 4096 * one)
+
+
+class TestAddLabelGradient:
+    def test_closed_form(self):
+        """factor·(1{v = y} − π_v), for labels that the student can have."""
+        probs = torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.25, 0.5, 0.25]])
+        labels, factors = torch.tensor([[2], [1], [2], [3]]), torch.tensor([[2.0], [4.0], [8.0], [16.0]])
+        got = add_label_gradient(torch.ones(4, 3), probs, labels, factors)
+        assert got.tolist() == [
+            [1 - 1.0, 1 - 0.5, 1 + 1.5],
+            [1 - 2.0, 1 + 2.0, 1.0],
+            [1.0, 1.0, 1.0],  # the student gives it the probability 0
+            [1.0, 1.0, 1.0],  # the first id beyond the vocabulary
+        ]
+
+    def test_vocabulary_of_one_id(self):
+        probs, labels = torch.ones(2, 1), torch.tensor([[0], [1]])
+        assert add_label_gradient(torch.zeros(2, 1), probs, labels, torch.ones(2, 1)).tolist() == [[0.0], [0.0]]
 
 
 class TestChunkSlices:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_gopd.gopd.objective import credit, extrapolate, later_credit, token_advantages
+from trl_gopd.gopd.objective import LogitTransform, credit, extrapolate, later_credit, token_advantages
 
 
 EPS = torch.finfo(torch.float32).eps
@@ -237,13 +237,16 @@ class TestCredit:
         # 1 + ½ + ¼ + … in either case: the own advantage and those after it, or a hundred expected ones
         assert got.isfinite().all() and got[0, 0] == 2.0
 
-    def test_takes_few_operations_however_long(self, generator):
-        """A loop would dispatch some operations for each of 4,096 tokens."""
-        advantages, mask, weights = self.problem(generator, 2, 4096)
-        for function in (credit, later_credit):
+    @pytest.mark.parametrize("function", [credit, later_credit])
+    def test_takes_few_operations_however_long(self, generator, function):
+        """A loop would dispatch some operations for each token. Lengths up to the same power of two take as many."""
+        counts = []
+        for length in (2049, 4096, 4097):
+            advantages, mask, weights = self.problem(generator, 2, length)
             with CountOperations() as operations:
                 function(advantages, mask, discount=0.9, weights=weights)
-            assert operations.count < 20 * math.log2(4096)
+            counts.append(operations.count)
+        assert counts[0] == counts[1] < counts[2] < 20 * math.log2(4097)
 
     def test_detached_and_inputs_are_left_alone(self, generator):
         advantages, mask, weights = self.problem(generator, 2, 5)
@@ -296,6 +299,28 @@ class TestExtrapolate:
         )
         expected = torch.tensor([[0.9 * math.exp(0.5), 0.1 * math.exp(-0.5)]])
         torch.testing.assert_close(log_q.exp(), expected / expected.sum(), rtol=0, atol=8 * EPS)
+
+
+class TestLogitTransform:
+    def test_does_nothing_by_default(self, generator):
+        raw = draw(3, 5, generator=generator).bfloat16()
+        logits = LogitTransform()(raw)
+        assert logits.dtype == torch.float32 and torch.equal(logits, raw.float())
+        assert torch.equal(LogitTransform().backward(logits, logits), logits)
+
+    def test_scales_then_caps_then_tempers(self):
+        logits = LogitTransform(scale=0.5, softcap=2.0, temperature=4.0)(torch.tensor([6.0]))
+        expected = torch.tensor([2.0 * math.tanh(0.5 * 6.0 / 2.0) / 4.0])
+        torch.testing.assert_close(logits, expected, rtol=0, atol=4 * EPS)
+
+    @pytest.mark.parametrize("softcap", [None, 2.0])
+    def test_backward_is_autograd(self, generator, softcap):
+        transform = LogitTransform(scale=0.7, softcap=softcap, temperature=1.3)
+        raw, grad = draw(3, 5, generator=generator).requires_grad_(), draw(3, 5, generator=generator)
+        logits = transform(raw)
+        (want,) = torch.autograd.grad((logits * grad).sum(), raw)
+        # a dozen roundings of numbers below 4
+        torch.testing.assert_close(transform.backward(grad, logits.detach()), want, rtol=0, atol=12 * EPS * 4)
 
 
 class TestTabularPolicy:

@@ -345,6 +345,19 @@ class TestGradient:
         problem.stratified(target_logps=target_logps, chunk_size=3).divergence.sum().backward()
         assert asked == [(0, 3, (3, 5)), (3, 6, (3, 5)), (6, 7, (1, 5))]
 
+    @pytest.mark.parametrize("name", ["stratified", "full"])
+    def test_default_chunk_has_256_tokens(self, name):
+        """Which bounds the memory of callers who name no size."""
+        problem, seen = Problem(8, tokens=300), []
+
+        def answer(rows, ids=None):
+            seen.append((rows.start, rows.stop))
+            logits = problem.teacher[rows], problem.reference[rows]
+            return logits if ids is None else tuple(log_probs_at(z, ids) for z in logits)
+
+        getattr(problem, name)(**{"target_logits" if name == "full" else "target_logps": answer})
+        assert seen == [(0, 256), (256, 300)]
+
 
 class TestVariance:
     def test_falls_with_k_and_ends_at_zero(self):
@@ -452,6 +465,26 @@ class TestEdges:
             (grad,) = torch.autograd.grad(out.divergence.sum(), hidden)
             assert grad.isfinite().all()
             assert all(value.isfinite().all() for value in vars(out).values())
+
+    def test_smallest_probability_of_the_rest(self):
+        """Outside S it counts as 2⁻²³, and so enters b = log(2⁻²³/½) + (λ − 1)·log(2⁻²³/π_ref(S̄))."""
+        teacher = torch.tensor([[0.0, 0.0, -200.0, -200.0]])
+        reference = torch.tensor([[3.0, 3.0, 2.0, 0.0]]).log_softmax(-1)
+        rest = reference[0, 2:].exp().sum()
+        out = stratified_divergence(
+            torch.zeros(1, 4),
+            torch.eye(4),
+            None,
+            labels=torch.tensor([1]),
+            target_logps=targets(teacher, reference),
+            gopd_lambda=1.25,
+            ids=torch.tensor([[0, 1]]),
+        )
+        smallest = math.log(2**-23)
+        inside = math.log(0.5 / 0.25) + 0.25 * (math.log(0.5) - reference[0, 0])
+        outside = smallest - math.log(0.5) + 0.25 * (smallest - rest.log())
+        # a dozen roundings of numbers below 32
+        torch.testing.assert_close(out.expected_advantage[0], 0.5 * inside + 0.5 * outside, rtol=0, atol=12 * EPS * 32)
 
     def test_log_probabilities_that_sum_to_more_than_one(self):
         """A server that rounds: the mass outside S is negative, b a poor guess, and the expectation as before."""

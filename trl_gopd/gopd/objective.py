@@ -194,13 +194,13 @@ def later_credit(
 
 def _reverse_scan(terms: Tensor, factors: Tensor) -> Tensor:
     """
-    x_t = terms_t + factors_t·x_{t+1} along the last dimension, with x_T = 0 and factors of 0 or greater.
+    x_t = terms_t + factors_t·x_{t+1} along the rows of `(B, T)`, with x_T = 0 and factors of 0 or greater.
 
     Each pass doubles how many terms every x_t has gathered, so T positions take log2(T) passes (Hillis and Steele,
     Data parallel algorithms, 1986).
     """
     span = 1
-    while span < terms.size(-1):
+    while span < terms.size(1):
         terms = terms + factors * _shift_left(terms, span)
         # Many weights above 1 may overflow, and inf * 0 is NaN.
         factors = (factors * _shift_left(factors, span)).clamp(max=torch.finfo(factors.dtype).max)
@@ -209,8 +209,8 @@ def _reverse_scan(terms: Tensor, factors: Tensor) -> Tensor:
 
 
 def _shift_left(x: Tensor, steps: int) -> Tensor:
-    """Moves the entries of the last dimension to the left, and fills up with zeros."""
-    return F.pad(x[..., steps:], (0, min(steps, x.size(-1))))
+    """Moves the entries of each row to the left, and fills up with zeros."""
+    return F.pad(x[:, steps:], (0, min(steps, x.size(1))))
 
 
 def extrapolate(
