@@ -47,7 +47,8 @@ def changed(model, change):
 
     def other(*args, **kwargs):
         output = forward(*args, **kwargs)
-        output.logits = change(output.logits)
+        if "logits" in output:  # which that of TRL's fused head has not
+            output.logits = change(output.logits)
         return output
 
     model.forward = other

@@ -111,6 +111,38 @@ def check_head(
         )
 
 
+@torch.no_grad()
+def check_fused_head(base: Any, *, temperature: float, role: str) -> None:
+    """
+    Raises `ValueError` unless the log-probabilities that TRL computes from a student's hidden states are those of the
+    student's own logits: TRL, too, knows only some of the families that do something to them.
+
+    Args:
+        base ([`~transformers.PreTrainedModel`]):
+            The student, to which TRL has added its fused head.
+        temperature (`float`):
+            Sampling temperature that divides the logits.
+        role (`str`):
+            For messages.
+    """
+    ids = _probed_ids(base)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    transform = logit_transform(base.config, temperature)
+    with probed(base, base.get_output_embeddings(), transform.scale):
+        want = base(**inputs).logits[:, :-1].float() / temperature
+        got = base(**inputs, labels=ids, fused_lm_head=True).log_probs[:, :PROBED_TOKENS]
+    # Six roundings of a logit and of the largest one, each half an eps, and those of sums in float32.
+    largest = want.abs().max().clamp(min=1)
+    tolerance = (6 * torch.finfo(base.dtype).eps + 2**7 * torch.finfo(torch.float32).eps) * largest
+    gap = (got - want.log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)).abs().max()
+    if not gap <= tolerance:
+        raise ValueError(
+            f"TRL computes other log-probabilities for `{role}` ({type(base).__name__}) than those of its own logits, "
+            f"{gap:.3g} nats away from them, so it cannot be trained on sampled tokens. Use `gopd_estimator='full'`, "
+            "or another model family."
+        )
+
+
 @contextmanager
 def probed(
     base: Any, project: Callable[[Tensor], Tensor], scale: float
