@@ -44,7 +44,7 @@ __all__ = [
     "ACCEPTED",
     "allow_one_generation",
     "check_device",
-    "check_head",
+    "refuse_head_adapter",
     "create_model_from_path",
     "disable_gradient_checkpointing",
     "eos_token_ids",
@@ -70,7 +70,7 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def check_head(student: Any) -> None:
+def refuse_head_adapter(student: Any) -> None:
     """Raises for an adapter on the output head, which TRL does itself from 1.15 on."""
     if isinstance(student.get_output_embeddings(), BaseTunerLayer):
         raise ValueError(

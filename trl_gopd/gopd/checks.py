@@ -1,12 +1,16 @@
 """Checks of what a trainer was given, before anything is loaded or changed."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from transformers.utils import is_peft_available
 
-from ._trl import check_head
+from ._trl import refuse_head_adapter
 from .config import GOPDConfig
+from .frozen.head import check_fused_head, check_head, logit_transform
+from .frozen.local import project
 
 
 if is_peft_available():
@@ -95,12 +99,45 @@ def check_dataset(dataset: Any, name: str, *, needs_prompts: bool) -> None:
 
 
 def check_student(model: Any, args: GOPDConfig) -> None:
-    """Raises `ValueError` for a student that the estimator cannot train."""
-    if not is_peft_available() or not isinstance(model, PeftModel):
-        return
-    check_head(model)
-    if args.gopd_estimator != "sampled" and isinstance(model.active_peft_config, PromptLearningConfig):
+    """
+    Raises `ValueError` for a student that the estimator cannot train.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The student, to which TRL has added its fused head. It is not changed.
+        args ([`GOPDConfig`]):
+            Configuration of the run.
+    """
+    has_adapter = is_peft_available() and isinstance(model, PeftModel)
+    if has_adapter:
+        refuse_head_adapter(model)
+    if args.gopd_estimator != "sampled" and has_adapter and isinstance(model.active_peft_config, PromptLearningConfig):
         raise ValueError(
             f"Prompt-learning adapters are not supported by `gopd_estimator={args.gopd_estimator!r}`, which "
             "calls the backbone. Use 'sampled', or a LoRA adapter."
         )
+    if any(hasattr(parameter, "ds_shape") for parameter in model.parameters()):
+        return  # ZeRO-3 has split the weights already, and its engine is not there yet
+    base: Any = model.get_base_model() if has_adapter else model
+    # In training mode, since bitsandbytes repacks 4-bit weights in evaluation mode on some CPUs, after which they pass
+    # no gradient on. The probe takes the place of the backbone's output, so dropout makes no difference.
+    with training_mode(model):
+        if args.gopd_estimator != "sampled" or has_adapter:  # an adapter's model may be scored without the adapter
+            head = functools.partial(project, base.get_output_embeddings())
+            check_head(
+                base, base, project=head, transform=logit_transform(base.config, args.temperature), role="model"
+            )
+        if args.gopd_estimator != "full" or args.gopd_discount:
+            check_fused_head(base, temperature=args.temperature, role="model")
+
+
+@contextmanager
+def training_mode(model: Any) -> Iterator[None]:
+    """Training mode for the body; every submodule gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..config import GOPDConfig
 from ..frozen.build import FrozenModels
-from ..frozen.local import logit_transform
+from ..frozen.head import logit_transform
 from .full import FullEstimator
 from .protocol import Estimator
 from .sampled import SampledEstimator

@@ -14,8 +14,9 @@ from transformers.utils import find_adapter_config_file, is_peft_available
 
 from .._trl import disable_gradient_checkpointing, through_forward, use_adapter
 from ..batch import Sequences
+from .head import logit_transform
 from .identity import is_sharded, parameters_digest
-from .local import context_of, evaluation_mode, logit_transform, project, score_in_chunks, vocab_size_of
+from .local import context_of, evaluation_mode, project, score_in_chunks, vocab_size_of
 
 
 if is_peft_available():

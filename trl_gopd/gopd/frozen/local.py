@@ -6,6 +6,7 @@ The backbone runs once on whole sequences; the output head is applied to the hid
 tokens at a time.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,36 +19,10 @@ from transformers import PreTrainedModel
 from .._trl import gather_heads, prepare_deepspeed, prepare_fsdp
 from ..batch import Sequences
 from ..divergence import chunk_slices
-from ..objective import LogitTransform
 from ..stratified import log_probs_at
+from .head import check_head, logit_transform
 from .identity import is_sharded, uses_fsdp, weights_digest
 from .protocols import LogitScorer
-
-
-def logit_transform(config: Any, temperature: float = 1.0) -> LogitTransform:
-    """
-    What a model does to the output of its head, read from its configuration.
-
-    Args:
-        config ([`~transformers.PreTrainedConfig`]):
-            Configuration of the model, or of its text part.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Sampling temperature.
-
-    Returns:
-        [`LogitTransform`].
-    """
-    config = config.get_text_config()
-    scale = 1.0
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse, Falcon-H1
-        if getattr(config, name, None) is not None:
-            scale = float(getattr(config, name))
-            break
-    else:
-        scaling = getattr(config, "logits_scaling", None)  # Granite divides by it, HyperCLOVA X multiplies
-        if scaling is not None:
-            scale = float(scaling) if config.model_type == "hyperclovax" else 1 / float(scaling)
-    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None), temperature)
 
 
 def context_of(config: Any) -> int | None:
@@ -178,7 +153,8 @@ class LocalScorer:
             prepare = prepare_fsdp if uses_fsdp(accelerator) else prepare_deepspeed
             self.call = prepare(self.inner, accelerator)
         else:
-            self._check_head(role)
+            head = functools.partial(project, self.inner.head)
+            check_head(model, base, project=head, transform=self.inner.transform, role=role, hidden=self.inner.forward)
 
     @property
     def is_sharded(self) -> bool:
@@ -240,27 +216,6 @@ class LocalScorer:
         finally:  # nothing was written, so nothing has to be copied back
             for tensor, data in zip(tensors, parked, strict=True):
                 tensor.data = data
-
-    @torch.no_grad()
-    def _check_head(self, role: str) -> None:
-        # A family may do something to its logits that its configuration does not say. Better to refuse than to distil
-        # from other numbers than the model's own.
-        device = self.inner.base.get_input_embeddings().weight.device
-        ids = torch.arange(3, device=device).unsqueeze(0) % self.inner.vocab_size
-        mask = torch.ones_like(ids)
-        want = (
-            self.inner.model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-            / self.inner.transform.temperature
-        )
-        got = self.inner.logits(self.inner(ids, mask, 2).flatten(0, 1)).view_as(want)
-        # the same two numbers up to the rounding of the model's dtype, which a quantized head may use twice
-        tolerance = 32 * torch.finfo(self.inner.base.dtype).eps * want.abs().max().clamp(min=1)
-        if (got - want).abs().max() > tolerance:
-            raise ValueError(
-                f"The logits of `{role}` ({type(self.inner.base).__name__}) are not a linear head followed by the "
-                "scale and soft cap of its configuration, so they cannot be computed in chunks. Use "
-                "another model family."
-            )
 
 
 @torch.no_grad()
