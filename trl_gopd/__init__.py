@@ -15,7 +15,7 @@ from trl_gopd.d2quant.registration import install as _register_with_transformers
 
 if TYPE_CHECKING:
     from trl_gopd.d2quant.config import D2QuantConfig
-    from trl_gopd.d2quant.pipeline import quantize_model
+    from trl_gopd.d2quant.quantize import quantize_model
     from trl_gopd.gopd.config import GOPDConfig
     from trl_gopd.gopd.trainer import GOPDTrainer
     from trl_gopd.preflight_check import preflight
@@ -29,7 +29,7 @@ _MODULE_OF = {
     "GOPDConfig": "trl_gopd.gopd.config",
     "GOPDTrainer": "trl_gopd.gopd.trainer",
     "preflight": "trl_gopd.preflight_check",
-    "quantize_model": "trl_gopd.d2quant.pipeline",
+    "quantize_model": "trl_gopd.d2quant.quantize",
 }
 
 

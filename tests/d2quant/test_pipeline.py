@@ -22,7 +22,8 @@ from tests.tiny import build_model
 from trl_gopd.d2quant import pipeline, report, stages
 from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.linear import D2QuantLinear
-from trl_gopd.d2quant.pipeline import Report, quantize_model
+from trl_gopd.d2quant.quantize import quantize_model
+from trl_gopd.d2quant.report import Report
 
 
 EPS = torch.finfo(torch.float32).eps

@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from trl_gopd.d2quant.hf_quantizer import save_quantized
-    from trl_gopd.d2quant.pipeline import quantize_model
+    from trl_gopd.d2quant.quantize import quantize_model
     from trl_gopd.evaluation import storage
 
     config = _config(parser, args)

@@ -91,10 +91,11 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         if not self.pre_quantized:
-            from .pipeline import quantize_model
+            from .pipeline import quantize_blocks
 
             self.remove_quantization_config(model)  # it is not quantized yet
-            quantize_model(model, self._tokenizer, self.quantization_config)
+            quantize_blocks(model, self._tokenizer, self.quantization_config)
+            mark_quantized(model, self.quantization_config)
             return
         for name in self._inserted:
             module = model.get_submodule(name)

@@ -11,7 +11,7 @@ Generation on a CPU, one token at a time, has a faster way: [`enable_compiled`].
 import logging
 from collections.abc import Callable, Iterator
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,6 @@ from torch import Tensor
 from .grids import Grid
 from .packing import unpack_rows
 
-
-if TYPE_CHECKING:
-    from .linear import D2QuantLinear
 
 # Elements of a slice: 2 MiB of float32. Less is slower, and more is no faster until it leaves the cache.
 _SLICE = 2**19
@@ -38,7 +35,7 @@ _compiled: dict[int, Callable[..., Tensor]] | None = None
 
 
 class Packed(NamedTuple):
-    """The tensors of a [`D2QuantLinear`], and how to read them."""
+    """The tensors of a `D2QuantLinear`, and how to read them."""
 
     weight: Tensor
     weight_scale: Tensor
@@ -49,16 +46,20 @@ class Packed(NamedTuple):
     grid: Grid
 
 
-def quantized_linear(x: Tensor, module: "D2QuantLinear") -> Tensor:
+def quantized_linear(
+    x: Tensor, packed: Packed, *, bias: Tensor | None = None, input_scale: Tensor | None = None
+) -> Tensor:
     """
-    What `module` makes of `x`.
+    The output of a linear layer with a packed weight.
 
     Gradients reach `x`, and the bias and the scales if they require one. What is kept for the backward pass is the
     packed weight, which is there anyway, and `x` only if scales require a gradient.
 
     Args:
         x (`torch.Tensor`): `(..., in_features)`, floating point.
-        module ([`D2QuantLinear`]): The layer.
+        packed ([`Packed`]): The weight.
+        bias (`torch.Tensor` of shape `(out_features,)`, *optional*): Added last.
+        input_scale (`torch.Tensor` of shape `(in_features,)`, *optional*): Multiplies `x` first.
 
     Returns:
         `torch.Tensor`: `(..., out_features)` in the dtype of `x`, or of `torch.autocast` where that is on.
@@ -66,10 +67,10 @@ def quantized_linear(x: Tensor, module: "D2QuantLinear") -> Tensor:
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    if module.input_scale is not None:
-        x = x * module.input_scale.to(x.dtype)
-    bias = None if module.bias is None else module.bias.to(x.dtype)
-    rows, packed = x.reshape(-1, x.shape[-1]), module.packed
+    if input_scale is not None:
+        x = x * input_scale.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
     y: Tensor | None = _compiled_linear(rows, bias, packed) if _suits_compiled(rows, bias, packed) else None
     if y is None:
         y = _QuantizedLinear.apply(rows, bias, *packed)  # type: ignore[no-untyped-call]

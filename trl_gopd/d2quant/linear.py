@@ -170,7 +170,7 @@ class D2QuantLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`(..., in_features)` to `(..., out_features)`, both in the dtype of the input, as that of a linear layer."""
-        return quantized_linear(input, self)
+        return quantized_linear(input, self.packed, bias=self.bias, input_scale=self.input_scale)
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -28,36 +28,13 @@ from trl_gopd.d2quant.workdir import WorkDir, fingerprint
 from trl_gopd.evaluation.resources import return_freed_memory
 
 
-__all__ = ["Report", "quantize_model"]
-
-
 @torch.no_grad()
-def quantize_model(model: PreTrainedModel, tokenizer: Any = None, config: D2QuantConfig | None = None) -> Report:
+def quantize_blocks(model: PreTrainedModel, tokenizer: Any, config: D2QuantConfig) -> Report:
     """
-    Quantizes the decoder blocks of a model in place: each linear becomes a [`D2QuantLinear`].
-
-    Everything that can be refused is refused before the first weight changes. An error after that leaves the model
-    partly quantized; with `config.work_dir`, the finished blocks are kept there, and the same call on a freshly loaded
-    model goes on with the next one.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            From `AutoModelForCausalLM` or `AutoModel`, in any float dtype, on any device.
-        tokenizer (*optional*):
-            Tokenizer, or its folder or name, unless the data are tokens. Overrides `config.tokenizer`.
-        config ([`D2QuantConfig`], *optional*):
-            How to quantize.
-
-    Returns:
-        [`Report`]: errors and seconds of each linear.
-
-    Raises:
-        `TypeError`, `ValueError`: if the model, the data or their combination with `config` cannot be used.
+    Quantizes the decoder blocks of a model in place; arguments, errors and result are those of
+    [`~trl_gopd.d2quant.quantize.quantize_model`]. What transformers has to know of it is not set yet.
     """
-    from trl_gopd.d2quant.hf_quantizer import mark_quantized  # which calls this function
-
     start = time.perf_counter()
-    config = D2QuantConfig() if config is None else config
     topology = _check(model, config)
     windows = calibration_windows(
         config.dataset,
@@ -91,7 +68,6 @@ def quantize_model(model: PreTrainedModel, tokenizer: Any = None, config: D2Quan
         if config.tune_epochs:
             streams.quantized.clear()
             report.tuning_kl = tune(model, topology, calls, starts=streams.start, full=streams.full, config=config)
-    mark_quantized(model, config)
     report.notes = _notes(topology, config)
     report.seconds = time.perf_counter() - start
     return report
