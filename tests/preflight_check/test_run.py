@@ -175,7 +175,7 @@ class TestNumbers:
             rest = 0.75**effect.gopd_lambda * 0.9 ** (1 - effect.gopd_lambda)
             assert math.isclose(effect.eos_probability, odds / (odds + rest), abs_tol=100 * EPS)
         assert report.recommended_lambda == 2.0
-        assert any("chance of ending" in reason and "get shorter" in reason for reason in report.reasons)
+        assert any("ends the completion" in reason and "become shorter" in reason for reason in report.reasons)
 
     def test_nothing_ended(self, models):
         report = run(models, max_completion_length=1)
@@ -253,7 +253,9 @@ class TestNumbers:
             raise ZeroDivisionError
 
         teacher.train()
-        with pytest.raises(RuntimeError, match="'fails' raised ZeroDivisionError: .* completions .strings"):
+        with pytest.raises(
+            RuntimeError, match="'fails' raised ZeroDivisionError: .* as GRPO calls it, .* completions .strings"
+        ):
             run(models, teacher_model=teacher, reward_funcs=fails)
         assert teacher.training and all(parameter.requires_grad for parameter in teacher.parameters())
 
@@ -325,7 +327,7 @@ class TestRefusals:
             ({"prompts": ["a", ""]}, "The prompt '' has no tokens. Remove the row"),
             (
                 {"prompts": ["a" * 250]},
-                "has 250 tokens and a completion up to 12, but `teacher_model` has a context of 256",
+                "has 250 tokens and a completion may have 12, but `teacher_model` has a context of 256",
             ),
             ({"teacher_model": "/nowhere"}, "`teacher_model` '/nowhere' cannot be loaded"),
             ({"ref_model": "/nowhere"}, "tokenizer cannot be loaded .* Pass it as `processing_class`"),
@@ -432,4 +434,4 @@ def test_smollm2(tmp_path):
     assert gap > 4 * error
     # λ = 2 is the best for the reward, and overturns what the teacher is sure of.
     assert report.effects[-1].deterministic_flips > report.effects[-2].deterministic_flips
-    assert report.recommended_lambda == 2.0 and any("Beware" in reason for reason in report.reasons)
+    assert report.recommended_lambda == 2.0 and any("Caution" in reason for reason in report.reasons)
