@@ -263,6 +263,36 @@ class TestNumbers:
         assert trl_gopd.preflight is preflight
 
 
+class TestContext:
+    """The longest prompt and a completion of the maximum length have to fit into each model that is run."""
+
+    CONTEXT = 30
+    PROMPTS = ["a" * 10, "b" * 18]  # one token for each letter
+
+    @pytest.fixture
+    def short(self, tokenizer):
+        model = build_model(tokenizer, seed=5)
+        model.config.max_position_embeddings = self.CONTEXT
+        return model
+
+    @pytest.mark.parametrize("role", ["teacher_model", "ref_model", "model"])
+    def test_one_token_too_many(self, models, tokenizer, short, role, monkeypatch):
+        monkeypatch.setattr(Sampler, "sample", lambda *_: pytest.fail("sampled"))
+        options = {role: short, "sample_from": "student" if role == "model" else "teacher"}
+        message = f"prompt has 18 tokens and a completion may have 13, but `{role}` has a context of 30 tokens. Lower"
+        with pytest.raises(ValueError, match=message):
+            run(models, prompts=self.PROMPTS, max_completion_length=13, processing_class=tokenizer, **options)
+
+    @pytest.mark.parametrize("role", ["teacher_model", "ref_model", "model"])
+    def test_as_many_as_fit(self, models, tokenizer, short, role):
+        options = {role: short, "sample_from": "student" if role == "model" else "teacher"}
+        report = run(models, prompts=self.PROMPTS, max_completion_length=12, processing_class=tokenizer, **options)
+        assert report.completions == 6
+
+    def test_student_that_is_not_run_is_not_asked(self, models, tokenizer, short):
+        assert run(models, prompts=["a" * 40], model=short, processing_class=tokenizer).completions == 6
+
+
 class TestTeacherIsStudent:
     """With a reference that differs from both."""
 
@@ -285,10 +315,11 @@ class TestTeacherIsStudent:
         """In a wider dtype they are the same numbers."""
         assert self.says_so(models, model=teacher.to(dtype))
 
-    def test_an_instance_that_was_changed_is_another_model(self, models, teacher):
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_an_instance_that_was_changed_is_another_model(self, models, teacher, dtype):
         """Although it was loaded from the folder of the teacher. One element of the last parameter is enough."""
         with torch.no_grad():
-            list(teacher.parameters())[-1].view(-1)[-1] += 1
+            list(teacher.to(dtype).parameters())[-1].view(-1)[-1] += 2**-30 if dtype == torch.float64 else 2**-7
         assert not self.says_so(models, model=teacher)
 
     def test_by_the_weights_in_another_folder(self, models, teacher, tokenizer, tmp_path):
