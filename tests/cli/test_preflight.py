@@ -1,4 +1,4 @@
-"""`trl-gopd preflight`: the report of the room for people and as JSON; mistakes are named before a model is loaded."""
+"""`trl-gopd preflight` prints the report of `preflight` and writes it as JSON; bad arguments load no model."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def numbers(report):
     return {key: value for key, value in report.items() if key not in ("seconds", "settings")}
 
 
-def test_is_the_report_of_the_room(models, prompts, tmp_path, capsys):
+def test_is_the_report_of_the_function(models, prompts, tmp_path, capsys):
     json_path = tmp_path / "out.json"
     assert main(command(models, prompts, *FLAGS, "--json", json_path)) == 0
     report = json.loads(json_path.read_text())

@@ -47,8 +47,8 @@ class TestLoadPrompts:
     @pytest.mark.parametrize(
         ("prompts", "kind", "message"),
         [
-            ([], ValueError, "is empty, it has no rows. Give"),
-            (Dataset.from_dict({"prompt": []}), ValueError, "is empty"),
+            ([], ValueError, "`prompts` has no rows. Pass the name"),
+            (Dataset.from_dict({"prompt": []}), ValueError, "has no rows"),
             (Dataset.from_dict({"text": ["a"]}), ValueError, r"no column `prompt`, got \['text'\]"),
             (7, TypeError, "must not be of type int"),
             (IterableDataset.from_generator(lambda: iter([])), TypeError, "must not be of type IterableDataset"),
@@ -63,11 +63,11 @@ class TestLoadPrompts:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("empty.txt", b"\n\n", "is empty"),
+            ("empty.txt", b"\n\n", "has no rows"),
             ("latin.txt", b"\xe9\xe8", "No prompts could be loaded"),
             ("broken.jsonl", b'{"prompt": ', "No prompts could be loaded"),
-            ("empty.jsonl", b"", "No prompts could be loaded|is empty"),
-            ("prompts.docx", b"x", "unknown ending '.docx'. Give"),
+            ("empty.jsonl", b"", "No prompts could be loaded"),
+            ("prompts.docx", b"x", "unknown ending '.docx'. Pass"),
         ],
     )
     def test_refuses_file(self, tmp_path, name, content, message):

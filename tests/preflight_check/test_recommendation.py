@@ -25,7 +25,7 @@ class TestRecommend:
 
     def test_flips_count_too(self):
         value, reasons = recommend([effect(1.0), effect(1.25, flips=0.0011)])
-        assert value == 1.0 and "overturns 0.110% of its near-certain choices (limit 0.100%)" in reasons[0]
+        assert value == 1.0 and "changes 0.110% of its near-certain choices (limit 0.100%)" in reasons[0]
 
     def test_not_past_the_first_that_fails(self):
         assert recommend([effect(1.0), effect(1.25, flips=0.5), effect(1.5)])[0] == 1.0
@@ -61,16 +61,16 @@ class TestRecommend:
     def test_reward_beyond_the_limits_is_warned_of(self):
         effects = [effect(1.0), effect(1.25, flips=0.5)]
         value, reasons = recommend(effects, [decoded(1.0, 0.0, 0.0), decoded(1.25, 1.0, 1.0)])
-        assert value == 1.25 and "Beware: that is beyond λ = 1," in reasons[-1]
+        assert value == 1.25 and "Caution: this is above λ = 1," in reasons[-1]
 
     @pytest.mark.parametrize(("end", "word"), [(0.05, "longer"), (0.2, "shorter")])
     def test_length_alarm(self, end, word):
         _, reasons = recommend([effect(1.0), effect(1.25, end=end)])
-        assert f"completions would get {word}" in reasons[-1]
+        assert f"completions would become {word}" in reasons[-1]
 
     def test_no_alarm_within_a_quarter(self):
         _, reasons = recommend([effect(1.0), effect(1.25, end=0.09)])
-        assert not any("Length" in reason for reason in reasons)
+        assert not any("completions would" in reason for reason in reasons)
 
 
 class TestNothingToLearn:

@@ -48,8 +48,11 @@ class TestRewards:
     @pytest.mark.parametrize(
         ("function", "message"),
         [
-            (lambda completions, **_: [None] * len(completions), "judged 0 of 6 completions"),
-            (lambda completions, **_: [1.0], "returned 1 rewards for 6 completions. Let it return one for each"),
+            (
+                lambda completions, **_: [None] * len(completions),
+                "a reward for 0 of 6 completions.* columns which",
+            ),
+            (lambda completions, **_: [1.0], "returned 1 rewards for 6 completions. It must return one for each"),
         ],
     )
     def test_useless_ones_are_refused(self, models, function, message):

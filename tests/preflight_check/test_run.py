@@ -175,7 +175,7 @@ class TestNumbers:
             rest = 0.75**effect.gopd_lambda * 0.9 ** (1 - effect.gopd_lambda)
             assert math.isclose(effect.eos_probability, odds / (odds + rest), abs_tol=100 * EPS)
         assert report.recommended_lambda == 2.0
-        assert any("chance of ending" in reason and "get shorter" in reason for reason in report.reasons)
+        assert any("ends the completion" in reason and "become shorter" in reason for reason in report.reasons)
 
     def test_nothing_ended(self, models):
         report = run(models, max_completion_length=1)
@@ -253,12 +253,44 @@ class TestNumbers:
             raise ZeroDivisionError
 
         teacher.train()
-        with pytest.raises(RuntimeError, match="'fails' raised ZeroDivisionError: .* completions .strings"):
+        with pytest.raises(
+            RuntimeError, match="'fails' raised ZeroDivisionError: .* as GRPO calls it, .* completions .strings"
+        ):
             run(models, teacher_model=teacher, reward_funcs=fails)
         assert teacher.training and all(parameter.requires_grad for parameter in teacher.parameters())
 
     def test_is_public(self):
         assert trl_gopd.preflight is preflight
+
+
+class TestContext:
+    """The longest prompt and a completion of the maximum length have to fit into each model that is run."""
+
+    CONTEXT = 30
+    PROMPTS = ["a" * 10, "b" * 18]  # one token for each letter
+
+    @pytest.fixture
+    def short(self, tokenizer):
+        model = build_model(tokenizer, seed=5)
+        model.config.max_position_embeddings = self.CONTEXT
+        return model
+
+    @pytest.mark.parametrize("role", ["teacher_model", "ref_model", "model"])
+    def test_one_token_too_many(self, models, tokenizer, short, role, monkeypatch):
+        monkeypatch.setattr(Sampler, "sample", lambda *_: pytest.fail("sampled"))
+        options = {role: short, "sample_from": "student" if role == "model" else "teacher"}
+        message = f"prompt has 18 tokens and a completion may have 13, but `{role}` has a context of 30 tokens. Lower"
+        with pytest.raises(ValueError, match=message):
+            run(models, prompts=self.PROMPTS, max_completion_length=13, processing_class=tokenizer, **options)
+
+    @pytest.mark.parametrize("role", ["teacher_model", "ref_model", "model"])
+    def test_as_many_as_fit(self, models, tokenizer, short, role):
+        options = {role: short, "sample_from": "student" if role == "model" else "teacher"}
+        report = run(models, prompts=self.PROMPTS, max_completion_length=12, processing_class=tokenizer, **options)
+        assert report.completions == 6
+
+    def test_student_that_is_not_run_is_not_asked(self, models, tokenizer, short):
+        assert run(models, prompts=["a" * 40], model=short, processing_class=tokenizer).completions == 6
 
 
 class TestTeacherIsStudent:
@@ -283,10 +315,11 @@ class TestTeacherIsStudent:
         """In a wider dtype they are the same numbers."""
         assert self.says_so(models, model=teacher.to(dtype))
 
-    def test_an_instance_that_was_changed_is_another_model(self, models, teacher):
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_an_instance_that_was_changed_is_another_model(self, models, teacher, dtype):
         """Although it was loaded from the folder of the teacher. One element of the last parameter is enough."""
         with torch.no_grad():
-            list(teacher.parameters())[-1].view(-1)[-1] += 1
+            list(teacher.to(dtype).parameters())[-1].view(-1)[-1] += 2**-30 if dtype == torch.float64 else 2**-7
         assert not self.says_so(models, model=teacher)
 
     def test_by_the_weights_in_another_folder(self, models, teacher, tokenizer, tmp_path):
@@ -325,7 +358,7 @@ class TestRefusals:
             ({"prompts": ["a", ""]}, "The prompt '' has no tokens. Remove the row"),
             (
                 {"prompts": ["a" * 250]},
-                "has 250 tokens and a completion up to 12, but `teacher_model` has a context of 256",
+                "has 250 tokens and a completion may have 12, but `teacher_model` has a context of 256",
             ),
             ({"teacher_model": "/nowhere"}, "`teacher_model` '/nowhere' cannot be loaded"),
             ({"ref_model": "/nowhere"}, "tokenizer cannot be loaded .* Pass it as `processing_class`"),
@@ -432,4 +465,4 @@ def test_smollm2(tmp_path):
     assert gap > 4 * error
     # λ = 2 is the best for the reward, and overturns what the teacher is sure of.
     assert report.effects[-1].deterministic_flips > report.effects[-2].deterministic_flips
-    assert report.recommended_lambda == 2.0 and any("Beware" in reason for reason in report.reasons)
+    assert report.recommended_lambda == 2.0 and any("Caution" in reason for reason in report.reasons)

@@ -123,5 +123,5 @@ class TestProcessor:
         )
         ids = torch.tensor([[5, 6, 7]])
         processor(ids, torch.zeros(1, 264))
-        with pytest.raises(ValueError, match=r"ids of shape \(1, 4\), got \(1, 3\). Make a new one for each"):
+        with pytest.raises(ValueError, match=r"ids of shape \(1, 4\), got \(1, 3\). Create a new processor for each"):
             processor(ids, torch.zeros(1, 264))

@@ -36,7 +36,7 @@ def draw(
         settings (`Mapping[str, Any]`):
             Settings of the report, for the two limits.
         recommended_lambda (`float`):
-            Is marked with a dashed line.
+            The λ that is marked with a dashed line.
 
     Raises:
         `ImportError`: If matplotlib is not installed.
@@ -56,7 +56,7 @@ def draw(
         _draw_target(outcome, effects)
     for axes in (divergence, limits, outcome):
         axes.axvline(recommended_lambda, color="gray", linestyle="--", linewidth=1)
-        axes.set_xlabel("reward scale λ; dashed: recommended")
+        axes.set_xlabel("reward scale λ (dashed: recommended)")
     for axes in (divergence, ratios, limits, outcome):
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
@@ -66,7 +66,7 @@ def _draw_divergence(axes: Any, effects: Sequence[LambdaEffect]) -> None:
     lambdas = [effect.gopd_lambda for effect in effects]
     axes.plot(lambdas, [effect.renyi for effect in effects], marker="o", label="$D_λ(T ‖ R)$")
     axes.plot(lambdas, [effect.log_z for effect in effects], marker="o", label="$\\log Z_λ$")
-    axes.set(title="Teacher against reference", ylabel="nats a token")
+    axes.set(title="Divergence of teacher and reference", ylabel="nats per token")
 
 
 def _draw_log_ratios(axes: Any, log_ratios: Mapping[str, LogRatios | None]) -> None:
@@ -84,14 +84,14 @@ def _draw_limits(axes: Any, effects: Sequence[LambdaEffect], settings: Mapping[s
     certain = [math.nan if effect.deterministic_flips is None else effect.deterministic_flips for effect in effects]
     extra = [effect.off_teacher_mass - own for effect in effects]
     for color, label, values, limit in (
-        ("C0", "near-certain flips", certain, settings["max_deterministic_flips"]),
-        ("C1", "off-teacher mass, less the teacher's own", extra, settings["max_off_teacher_mass"]),
+        ("C0", "flips at near-certain positions", certain, settings["max_deterministic_flips"]),
+        ("C1", "off-teacher mass beyond the teacher's own", extra, settings["max_off_teacher_mass"]),
         ("C2", "all flips", [effect.flips for effect in effects], None),
     ):
         axes.plot(lambdas, values, marker="o", color=color, label=label)
         if limit is not None:
             axes.axhline(limit, color=color, linestyle=":")
-    axes.set(title="What the teacher would not do; dotted: limits", ylabel="share")
+    axes.set(title="Changes relative to the teacher (dotted: limits)", ylabel="fraction")
 
 
 def _draw_rewards(axes: Any, decoded: Sequence[Decoded]) -> None:
@@ -110,4 +110,4 @@ def _draw_target(axes: Any, effects: Sequence[LambdaEffect]) -> None:
     lambdas = [effect.gopd_lambda for effect in effects]
     axes.plot(lambdas, [effect.entropy for effect in effects], marker="o", label="entropy of $q_λ$")
     axes.plot(lambdas, [effect.kl_to_teacher for effect in effects], marker="o", label="$KL(q_λ ‖ T)$")
-    axes.set(title="Target", ylabel="nats a token")
+    axes.set(title="Target distribution $q_λ$", ylabel="nats per token")

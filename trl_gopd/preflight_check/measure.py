@@ -1,5 +1,7 @@
 """
-What each λ does at the states of sampled completions. Teacher and reference are run once on the completions, and the
+Measurements of what each λ does at the states of sampled completions.
+
+Teacher and reference are run once on the completions, and the
 target q_λ follows from their log-probabilities.
 """
 

@@ -72,8 +72,9 @@ class Models:
             context = scorer.context
             if context is not None and longest + max_completion_length > context:
                 raise ValueError(
-                    f"The longest prompt has {longest} tokens and a completion up to {max_completion_length}, but "
-                    f"`{role}` has a context of {context}. Lower `max_completion_length`, or leave long prompts out."
+                    f"The longest prompt has {longest} tokens and a completion may have {max_completion_length}, but "
+                    f"`{role}` has a context of {context} tokens. Lower `max_completion_length`, or remove long "
+                    "prompts."
                 )
 
 
@@ -109,8 +110,8 @@ def load_models(given: Mapping[str, str | nn.Module], init_kwargs: dict[str, Any
                 by_name[each] = AutoModelForCausalLM.from_pretrained(each, **kwargs)
         except (OSError, ValueError) as error:  # a missing folder, a broken folder, or no connection to the Hub
             raise ValueError(
-                f"`{role}` {each!r} cannot be loaded ({str(error).splitlines()[0]}). Name a folder that "
-                "`save_pretrained` wrote, or a model of the Hub."
+                f"`{role}` {each!r} cannot be loaded ({str(error).splitlines()[0]}). Pass a folder that "
+                "was written by `save_pretrained`, or the name of a model on the Hub."
             ) from error
         models[role] = by_name[each]
     return models

@@ -11,8 +11,8 @@ from datasets.exceptions import DatasetsError
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 ACCEPTED = (
-    "Give a data set's name, a JSON, JSONL, CSV or Parquet file with a column `prompt`, a .txt file with one prompt a "
-    "line, a `Dataset`, or a list of prompts."
+    "Pass the name of a data set, a JSON, JSONL, CSV or Parquet file with a column `prompt`, a .txt file with one "
+    "prompt per line, a `Dataset`, or a list of prompts."
 )
 
 
@@ -49,7 +49,7 @@ def load_prompts(prompts: Any, *, split: str = "train", name: str | None = None)
     if not isinstance(prompts, Dataset):
         raise TypeError(f"`prompts` must not be of type {type(prompts).__name__}. {ACCEPTED}")
     if not len(prompts):
-        raise ValueError(f"`prompts` is empty, it has no rows. {ACCEPTED}")
+        raise ValueError(f"`prompts` has no rows. {ACCEPTED}")
     if "prompt" not in prompts.column_names:
         raise ValueError(f"The rows have no column `prompt`, got {prompts.column_names}. {ACCEPTED}")
     return prompts
@@ -75,7 +75,10 @@ def tokenize(tokenizer: Any, rows: Dataset) -> list[list[int]]:
     prompts = list(rows["prompt"])
     is_text = isinstance(prompts[0], str)
     if not is_text and not getattr(tokenizer, "chat_template", None):
-        raise ValueError("Prompts of messages need a tokenizer with a chat template, got one without. Give strings.")
+        raise ValueError(
+            "Prompts of messages need a tokenizer with a chat template, got one without. Pass prompts that "
+            "are strings, or set `chat_template`."
+        )
     encoded = []
     for prompt in prompts:
         if is_text:
@@ -107,6 +110,6 @@ def _read(path: Path, split: str, name: str | None) -> Dataset:
             lines = path.read_text(encoding="utf-8").splitlines()
             return Dataset.from_dict({"prompt": [line for line in lines if line.strip()]})
     except (OSError, ValueError, DatasetsError, StopIteration) as error:  # an empty JSON file raises the last one
-        reason = str(error) or "it is empty"
+        reason = str(error) or "the file is empty"
         raise ValueError(f"No prompts could be loaded from {str(path)!r} ({reason}). {ACCEPTED}") from error
     raise ValueError(f"The file {str(path)!r} has the unknown ending {path.suffix!r}. {ACCEPTED}")

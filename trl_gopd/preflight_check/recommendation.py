@@ -59,14 +59,14 @@ def recommend(
         recommended, reason = _best_reward(decoded)
         reasons.append(reason)
         if recommended > largest:
-            reasons.append(f"Beware: that is beyond λ = {largest:g}, the largest within the limits.")
+            reasons.append(f"Caution: this is above λ = {largest:g}, the largest value within the limits.")
     elif largest == effects[-1].gopd_lambda:
-        reasons.append(f"λ = {largest:g} is the largest of the grid; nothing is known of larger ones.")
+        reasons.append(f"λ = {largest:g} is the largest value measured, so nothing is known about larger ones.")
     before, after = teacher.eos_probability, by_lambda[recommended].eos_probability
     if before > 0 and not 1 / LENGTH_ALARM <= after / before <= LENGTH_ALARM:
         reasons.append(
-            f"Length: at λ = {recommended:g} the chance of ending at a token is {after:.2g} instead of the teacher's "
-            f"{before:.2g}, so completions would get {'shorter' if after > before else 'longer'}."
+            f"With λ = {recommended:g} the probability that a token ends the completion is {after:.2g}, and with the "
+            f"teacher it is {before:.2g}, so completions would become {'shorter' if after > before else 'longer'}."
         )
     return recommended, reasons
 
@@ -100,7 +100,7 @@ def _largest_within(
         reasons.append(
             f"λ = {effect.gopd_lambda:g} {'stays within' if is_within else 'exceeds'} the limits: it moves "
             f"{extra:+.4f} of probability to ids that the teacher finds unlikely (limit {max_off_teacher_mass:g}) and "
-            f"overturns {flips:.3%} of its near-certain choices (limit {max_deterministic_flips:.3%})."
+            f"changes {flips:.3%} of its near-certain choices (limit {max_deterministic_flips:.3%})."
         )
         if not is_within:  # a larger λ that is within the limits again would be so by chance
             break
@@ -122,7 +122,7 @@ def _best_reward(decoded: Sequence[Decoded]) -> tuple[float, str]:
         gain, error = mean(gains), stdev(gains) / math.sqrt(len(gains))
         if gain <= error:
             return each.gopd_lambda, (
-                f"{said}, but λ = {each.gopd_lambda:g}, nearer to 1, is within one standard error: the difference is "
-                f"{gain:.4g} ± {error:.2g}."
+                f"{said}, but λ = {each.gopd_lambda:g} is nearer to 1 and within one standard error of it: the "
+                f"difference is {gain:.4g} ± {error:.2g}."
             )
-    return best.gopd_lambda, f"{said}, and none nearer to 1 is within one standard error of it."
+    return best.gopd_lambda, f"{said}, and no λ nearer to 1 is within one standard error of it."

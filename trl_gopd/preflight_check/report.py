@@ -72,7 +72,7 @@ class PreflightReport:
                     part,
                     effects=self.effects,
                     decoded=self.decoded,
-                    log_ratios={"all tokens": self.log_ratios, "ends": self.eos_log_ratios},
+                    log_ratios={"all tokens": self.log_ratios, "end-of-sequence tokens": self.eos_log_ratios},
                     settings=self.settings,
                     recommended_lambda=self.recommended_lambda,
                 )

@@ -26,7 +26,7 @@ def check_rewards(reward_funcs: RewardFunction | Sequence[RewardFunction] | None
         if not callable(function) or isinstance(function, nn.Module) or inspect.iscoroutinefunction(function):
             raise TypeError(
                 f"`reward_funcs` must be plain functions of prompts and completions, got {function!r:.100}. Wrap a "
-                "reward model or a coroutine in one."
+                "reward model or a coroutine in a function."
             )
     return functions
 
@@ -54,8 +54,9 @@ def decode(sampler: Sampler, gopd_lambda: float, rows: Dataset, reward_funcs: Se
     scored = [reward for reward in rewards if reward is not None]
     if len(scored) < 2:
         raise ValueError(
-            f"At λ = {gopd_lambda:g} the reward functions judged {len(scored)} of {len(rewards)} completions, "
-            "and a standard error takes 2. Check that the prompts have the columns that they need."
+            f"At λ = {gopd_lambda:g} the reward functions returned a reward for {len(scored)} of {len(rewards)} "
+            "completions, and a standard error needs at least 2. Check that the prompts have the columns which the "
+            "functions read."
         )
     return Decoded(
         gopd_lambda=gopd_lambda,
@@ -78,6 +79,7 @@ def total_rewards(
     texts: list[Any] = tokenizer.batch_decode(completions, skip_special_tokens=True)
     if not isinstance(prompts[0], str):
         texts = [[{"role": "assistant", "content": text}] for text in texts]
+    kind = "strings" if isinstance(texts[0], str) else "messages"
     columns = {name: list(rows[name]) for name in rows.column_names if name not in ("prompt", "completion")}
     ignored = {"trainer_state": TrainerState(), "log_extra": lambda *_: None, "log_metric": lambda *_: None}
     totals: list[float | None] = [None] * len(texts)
@@ -86,14 +88,14 @@ def total_rewards(
             values = function(prompts=prompts, completions=texts, completion_ids=completions, **columns, **ignored)
         except Exception as error:  # a function of the user may raise anything
             raise RuntimeError(
-                f"The reward function {name_of(function)!r} raised {type(error).__name__}: {error}. It was given "
-                f"what GRPO gives: prompts, completions ({'strings' if isinstance(texts[0], str) else 'messages'}, as "
-                f"the prompts are), completion_ids and the columns {list(columns)}."
+                f"The reward function {name_of(function)!r} raised {type(error).__name__}: {error}. It was called "
+                f"as GRPO calls it, with prompts, completions ({kind}, like the prompts), completion_ids "
+                f"and the columns {list(columns)}."
             ) from error
         if len(values) != len(texts):
             raise ValueError(
                 f"The reward function {name_of(function)!r} returned {len(values)} rewards for {len(texts)} "
-                "completions. Let it return one for each, `None` where it has no say."
+                "completions. It must return one for each, which may be `None`."
             )
         for index, value in enumerate(values):
             if value is not None and not math.isnan(value):

@@ -80,8 +80,8 @@ class ExtrapolatedLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         if input_ids.shape != mask.shape:
             raise ValueError(
                 f"`ExtrapolatedLogitsProcessor` expected ids of shape {tuple(mask.shape)}, got "
-                f"{tuple(input_ids.shape)}. Make a new one for each `generate`, with the attention mask of its "
-                "prompts, without beams or several returned sequences."
+                f"{tuple(input_ids.shape)}. Create a new processor for each call of `generate`, from the attention "
+                "mask of its prompts, and do not use beam search or `num_return_sequences`."
             )
         self.attention_mask = mask
         shared = min(scores.size(-1), self.reference.vocab_size)
