@@ -1,7 +1,8 @@
 """
-Transforms of a block that leave its output as it was: column scales, shifts of a norm, turns of the residual stream.
+Transforms of a block that do not change its output: moving a column scale, moving a shift of a norm, and rotating the
+residual stream.
 
-Each is tried on the block for which it is claimed, and believed only if no bit of the output moves.
+Each transform is tried on the block itself, and accepted only if the output stays the same in every bit.
 """
 
 from collections.abc import Callable, Mapping
@@ -66,8 +67,9 @@ def find_scale_pairs(
 
 def _scale_passes(mlp: Call, pair: ScalePair, producers: Mapping[str, nn.Module], consumer: nn.Linear) -> bool:
     """
-    Whether scales move from `pair.consumer` to `pair.producer` without a trace. They are powers of two, so an exact
-    transform moves no bit. The producers give noise: with small or large weights a GELU would pass for linear.
+    Whether moving scales from `pair.consumer` to `pair.producer` leaves the output as it is. The scales are powers of
+    two, so an exact transform changes no bit. The outputs of the producers are replaced by noise, because with very
+    small or large weights a GELU would look linear.
     """
     scales = torch.exp2(noise_like(consumer.weight.new_empty(consumer.in_features)).sign())
 
@@ -94,7 +96,7 @@ def _scale_passes(mlp: Call, pair: ScalePair, producers: Mapping[str, nn.Module]
 
 
 def shift_passes(calls: Mapping[str, Call], norm: str, readers: tuple[str, ...]) -> bool:
-    """Whether a shift of what `norm` returns, and the same shift of what `readers` read, have one effect."""
+    """Whether shifting the output of `norm` and shifting the inputs of `readers` have the same effect."""
 
     def shift(values: Tensor) -> Tensor:
         return values + noise_like(values[..., :1, :])
@@ -112,8 +114,9 @@ def shift_passes(calls: Mapping[str, Call], norm: str, readers: tuple[str, ...])
 
 def find_residual_writers(calls: Mapping[str, Call], linears: Mapping[str, Call]) -> tuple[str, ...]:
     """
-    Linears that add a multiple of their output to what enters the block: with zeros there and from all other such
-    linears, a flip and powers of two come through. Without their outputs the block must return its input.
+    Linears that add a multiple of their output to the block's input. To find them, the input and the outputs of all
+    other candidates are set to zero: flipping the output of the linear and scaling it by powers of two must then do
+    the same to the block's output. With the outputs of all of them set to zero, the block must return its input.
     """
     block = calls[""]
     hidden_states = first_tensor(block.args)

@@ -1,11 +1,11 @@
 """
 `y = x Ŵᵀ + b` for a weight `Ŵ` that stays packed.
 
-A slice of rows of `Ŵ` is rebuilt, multiplied and dropped before the next one: it stays in the cache, the allocator
-hands the same memory out again, and neither the forward nor the backward pass ever holds `Ŵ` as a whole. The value of
-a weight is defined once, by [`dequantize`]: code minus zero point, times the stored scale, in float32, and then cast.
+A slice of rows of `Ŵ` is rebuilt, multiplied and freed before the next one. The slice fits in the cache, its memory is
+used again, and neither the forward nor the backward pass ever holds all of `Ŵ`. The value of a weight is defined once,
+by [`dequantize`]: code minus zero point, times the stored scale, in float32, and then cast.
 
-Generation on a CPU, one token at a time, has a faster way: [`enable_compiled`].
+[`enable_compiled`] turns on a faster kernel for generation on a CPU, one token at a time.
 """
 
 import logging
@@ -21,9 +21,9 @@ from .grids import Grid
 from .packing import unpack_rows
 
 
-# Elements of a slice: 2 MiB of float32. Less is slower, and more is no faster until it leaves the cache.
+# Elements of a slice: 2 MiB of float32. Smaller slices are slower, and larger ones no faster.
 _SLICE = 2**19
-# Elsewhere a kernel launch costs more than memory does.
+# On an accelerator, many kernel launches cost more than the additional memory.
 _SLICE_ON_ACCELERATOR = 2**26
 # The compiled kernel takes a row at a time; for more rows, rebuilding the weight once is as fast.
 _COMPILED_ROWS = 4
@@ -52,8 +52,8 @@ def quantized_linear(
     """
     The output of a linear layer with a packed weight.
 
-    Gradients reach `x`, and the bias and the scales if they require one. What is kept for the backward pass is the
-    packed weight, which is there anyway, and `x` only if scales require a gradient.
+    Gradients flow to `x`, and to the bias and the scales if they require them. The packed weight is kept for the
+    backward pass, and `x` only if the scales require a gradient.
 
     Args:
         x (`torch.Tensor`): `(..., in_features)`, floating point.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class Call:
     """
-    One call of a module. `reads` and `writes` tell its first argument and its result from all other tensors; they are
-    kept here, because an address is used again once its tensor is gone.
+    One call of a module. `reads` and `writes` identify its first argument and its result. The arguments and the result
+    are kept alive, because the address of a tensor is used again once it is freed.
     """
 
     name: str
@@ -57,7 +57,7 @@ def first_tensor(values: Any) -> Tensor | None:
 
 
 def _identity(values: Any) -> tuple[int, int, int] | None:
-    """What a tensor shares with its views of full size, and not with other tensors or its own later contents."""
+    """Equal for a tensor and its views of full size, different for other tensors and after a change in place."""
     tensor = first_tensor(values)
     return None if tensor is None else (tensor.data_ptr(), tensor._version, tensor.numel())
 

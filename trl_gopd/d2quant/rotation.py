@@ -1,12 +1,12 @@
 """
 Rotation of the residual stream, which spreads outliers over all channels and leaves the logits as they were.
 
-A block reads the stream through RMSNorms and adds to it. Once the scales of the norms are in the linears after them,
-an orthogonal matrix Q passes: the norm of `hQ` is that of `h`, so with `W ← WQ` in all that reads the stream and
-`W ← QᵀW` in all that writes it, the stream is `hQ` and nothing else changes
-([SliceGPT](https://huggingface.co/papers/2401.15024), [QuaRot](https://huggingface.co/papers/2404.00456)). What
-`o_proj` and `down_proj` read is not rotated: inference needs no product more, and a column scale of `down_proj` can
-still be absorbed.
+A block reads the stream through RMSNorms and adds to it. Once the scales of the norms have been moved into the linears
+after them, the norm of `hQ` is that of `h` for an orthogonal matrix Q. With `W ← WQ` in every linear that reads the
+stream and `W ← QᵀW` in every linear that writes it, the stream becomes `hQ` and nothing else changes
+([SliceGPT](https://huggingface.co/papers/2401.15024), [QuaRot](https://huggingface.co/papers/2404.00456)). The
+inputs of `o_proj` and `down_proj` are not rotated: inference needs no additional product, and a column scale of
+`down_proj` can still be absorbed.
 
 The authors' release of [D2Quant](https://huggingface.co/papers/2602.02546) also takes the mean off each embedding.
 That is exact before a LayerNorm only, and left out.

@@ -1,12 +1,13 @@
 """
-What a quantizer must know about a decoder: which linears read the same tensor, which scales and shifts pass through.
+Topology of a decoder: which linears read the same tensor, and which scales and shifts can be moved between modules.
 
-Nothing is looked up by model type. One forward pass of four tokens, with hooks, tells the order of the linears and who
-reads what; each exact transform is then tried on the block it is claimed for, and believed only if no bit of the
-block's output moves. So a family nobody has seen is described correctly, or without the transform, with a reason.
+Nothing is looked up by model type. One forward pass of four tokens, with hooks, shows the order of the linears and
+which tensor each of them reads. Each exact transform is then tried on the block, and accepted only if the block's
+output stays the same in every bit. A family that is not known yet is therefore either described correctly, or
+described without the transform, together with the reason.
 
-Layers of a block fall in two halves: modules whose class is named `…Attention…`, as transformers names all of them,
-and the rest, its MLP.
+A block has two parts: modules whose class is named `…Attention…`, as transformers names all of them, and the rest,
+which is its MLP.
 """
 
 from collections.abc import Mapping
@@ -238,7 +239,7 @@ def _describe_block(name: str, block: nn.Module, calls: list[Call]) -> Block:
 
 
 def _run_expert(name: str, expert: nn.Module) -> dict[str, Call]:
-    """Calls in an expert that is run by itself, because four tokens do not reach all of them."""
+    """Calls in an expert that is run on its own, because four tokens are not routed to all experts."""
     first = next(module for module in expert.modules() if isinstance(module, nn.Linear))
     tokens = noise_like(first.weight.new_empty(4, first.in_features))
     return {f"{name}.{call.name}".rstrip("."): call for call in record_calls(expert, lambda: expert(tokens))}
