@@ -798,7 +798,7 @@ class TestBuild:
     TRANSFORM = LogitTransform(3.0, 30.0, 0.7)
 
     def build(self, estimator, *, asks_servers=False, mixes_lambda=True):
-        text = SimpleNamespace(logit_scale=3.0, final_logit_softcapping=30.0)
+        text = SimpleNamespace(model_type="cohere", logit_scale=3.0, final_logit_softcapping=30.0)
         self.frozen = object()
         return build_estimator(
             SimpleNamespace(gopd_estimator=estimator, **self.ARGS),
