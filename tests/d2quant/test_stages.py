@@ -249,6 +249,10 @@ class TestStatistics:
         assert torch.equal(asymmetry, moved * (2 / 6))
         assert stage_statistics([x], [None])[1] is None
 
+    def test_windows_of_both_models_must_match(self):
+        with pytest.raises(ValueError, match="zip"):
+            stage_statistics([torch.ones(1, 2)] * 2, [torch.ones(1, 2)])
+
     def test_low_precision_is_summed_in_float32(self):
         x = torch.full((256, 1), 1.0, dtype=torch.bfloat16)
         full = torch.full((256, 1), 1.0 + 2**-7, dtype=torch.bfloat16)
