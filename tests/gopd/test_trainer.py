@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.gopd.harness import Recording, load, log_probs
+from tests.gopd.harness import Recording, load, log_probs, logged, sampled_logps
 from tests.tiny import LORA, build_model, build_tokenizer
 from trl_gopd.gopd.frozen.adapter import AdapterScorer
 from trl_gopd.gopd.trainer import GOPDTrainer
@@ -137,6 +137,102 @@ class TestGradient:
         grads = torch.autograd.grad(loss, students[0].model.layers[0].mlp.up_proj.weight)[0]
         got = trainer.grads["model.layers.0.mlp.up_proj.weight"]
         assert (got - grads).norm() / grads.norm() < 1e-5
+
+
+class Reusing(Recording):
+    """Keeps the student before each step, and the masks of all steps."""
+
+    def training_step(self, *args, **kwargs):
+        named = self.accelerator.unwrap_model(self.model).named_parameters()
+        self.before = {name: p.detach().clone() for name, p in named}
+        loss = super().training_step(*args, **kwargs)
+        self.masks = [*getattr(self, "masks", []), self.seen["completion_mask"]]
+        return loss
+
+
+class TestReuse:
+    """
+    The second of two steps on one generation batch, whose tokens the start has sampled. TRL's formula of each loss type
+    is written out, with advantages under the policy that sampled.
+    """
+
+    # Bounds that some ratios of the second step lie in, below and above
+    EPSILON, EPSILON_HIGH = 0.02, 0.03
+
+    @pytest.fixture
+    def second_step(self, make, models):
+        def train(**options):
+            trainer = make(
+                cls=Reusing,
+                ref_model=str(models / "base"),
+                steps_per_generation=2,
+                max_steps=2,
+                learning_rate=0.02,
+                epsilon=self.EPSILON,
+                epsilon_high=self.EPSILON_HIGH,
+                **options,
+            )
+            trainer.train()
+            student = load(models / "student")
+            student.load_state_dict(trainer.before)
+            ids = trainer.seen["completion_ids"].unsqueeze(-1)
+            s = log_probs(student, trainer.seen).gather(-1, ids).squeeze(-1)
+            old, t, r = sampled_logps(models, trainer.seen, reference="base")
+            return trainer, student, s, old, (t - old) + 0.25 * (t - r)
+
+        return train
+
+    def clipped(self, ratio, advantages, largest=math.inf):
+        inside = ratio.clamp(1 - self.EPSILON, 1 + self.EPSILON_HIGH)
+        return -torch.minimum(ratio.clamp(max=largest) * advantages, inside * advantages)
+
+    def token_losses(self, loss_type, s, old, advantages, mask):
+        log_ratio, is_encouraged = s - old, advantages > 0
+        if loss_type == "cispo":  # here the upper bound is one of the ratio itself
+            return -log_ratio.exp().clamp(max=self.EPSILON_HIGH).detach() * advantages * s
+        if loss_type == "sapo":
+            temperature = torch.where(is_encouraged, 1.0, 1.05)
+            return -(temperature * (log_ratio.exp() - 1)).sigmoid() * 4 / temperature * advantages
+        if loss_type == "vespo":  # w^k·e^(c − c·w) of the ratio w of the sequence
+            weight = (log_ratio * mask).sum(1, keepdim=True).exp().detach()
+            k, c = torch.where(is_encouraged, 2.0, 3.0), torch.where(is_encouraged, 3.0, 2.0)
+            return -(weight**k) * (c - c * weight).exp() * advantages * s
+        return self.clipped(log_ratio.exp(), advantages)
+
+    def mean(self, loss_type, losses, mask, masks):
+        if loss_type in ("grpo", "sapo"):
+            return ((losses * mask).sum(1) / mask.sum(1)).mean()
+        total = (losses * mask).sum()
+        if loss_type == "bnpo":
+            return total / mask.sum()
+        if loss_type == "dr_grpo":
+            return total / (4 * 10)  # four rows of `max_completion_length`
+        return total / (sum(m.sum() for m in masks) / 2)  # tokens a step of the whole generation batch
+
+    @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo"])
+    def test_loss_types(self, second_step, loss_type):
+        trainer, student, s, old, advantages = second_step(loss_type=loss_type)
+        mask = trainer.seen["completion_mask"].float()
+        losses = self.token_losses(loss_type, s, old, advantages, mask)
+        loss = self.mean(loss_type, losses, mask, trainer.masks)
+        # a few sums of log-probabilities below 16
+        assert trainer.losses[1] == pytest.approx(loss.item(), abs=8 * 16 * torch.finfo(torch.float32).eps)
+        assert trainer.masks[0].sum() != trainer.masks[1].sum()
+        assert_same_gradient(trainer.grads, student, loss)
+
+    @pytest.mark.parametrize("delta", [None, 1.04])
+    def test_tokens_are_clipped_by_their_own_ratio(self, second_step, delta):
+        """Each ratio is to the policy that sampled; `delta` bounds the ratios of tokens that are discouraged."""
+        trainer, student, s, old, advantages = second_step(delta=delta)
+        counted = trainer.seen["completion_mask"].bool()
+        mask, ratio = counted.float(), (s - old).exp()
+        losses = self.clipped(ratio, advantages, delta or math.inf)
+        assert_same_gradient(trainer.grads, student, ((losses * mask).sum(1) / mask.sum(1)).mean())
+        is_low = (ratio < 1 - self.EPSILON) & (advantages < 0)
+        is_high = (ratio > 1 + self.EPSILON_HIGH) & (advantages > 0)
+        assert is_low[counted].any() and is_high[counted].any() and ((ratio > 1.04) & (advantages < 0))[counted].any()
+        share = (is_low | is_high)[counted].float().mean().item()
+        assert 0 < share < 1 and logged(trainer, "clip_ratio/region_mean") == pytest.approx([0.0, share], abs=1e-6)
 
 
 class TestReference:
@@ -401,12 +497,6 @@ class TestRun:
         values = [log["gopd/reverse_kl"] for log in trainer.state.log_history if "loss" in log]
         assert sum(values[-5:]) < 0.7 * sum(values[:5])
 
-    @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo"])
-    def test_loss_types(self, make, loss_type):
-        trainer = make(loss_type=loss_type)
-        trainer.train()
-        assert sum(float(g.abs().sum()) for g in trainer.grads.values()) > 0
-
     @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
     def test_full_loss_types_log_the_divergence(self, make, loss_type):
         trainer = make(loss_type=loss_type, gopd_estimator="full", gopd_lambda=1.0)
@@ -418,11 +508,6 @@ class TestRun:
         if loss_type == "dr_grpo":
             total = log["gopd/reverse_kl"] * mask.sum().item()
             assert trainer.losses[0] == pytest.approx(total / (4 * 10), rel=1e-5)
-
-    def test_reuse_of_rollouts(self, make):
-        trainer = make(num_iterations=2, steps_per_generation=4, gradient_accumulation_steps=2, max_steps=4)
-        trainer.train()
-        assert "old_per_token_logps" in trainer.seen
 
     def test_generations_with_task_reward(self, make):
         """A_t plus the group advantage of the reward: rows of one prompt differ by the reward alone."""
