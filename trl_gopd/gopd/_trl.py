@@ -49,11 +49,13 @@ __all__ = [
     "disable_gradient_checkpointing",
     "eos_token_ids",
     "gather_heads",
+    "gather_parameters",
     "get_config_model_id",
     "prepare_deepspeed",
     "prepare_fsdp",
     "through_forward",
     "use_adapter",
+    "without_reference_adapter",
 ]
 
 
@@ -110,6 +112,30 @@ def allow_one_generation(config: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_reference_adapter(config: Any) -> Iterator[None]:
+    """
+    Keeps GRPO, constructed in the body, from adding an adapter `ref` to a PEFT student, as it does if `beta` is not 0.
+
+    The new adapter is initialised first, which for some initialisations changes the weights under it, and then filled
+    by the names of parameters, which misses those of some kinds. Under an adapter GRPO makes nothing else of `beta`
+    until it trains; the caller sets the attribute.
+    """
+    given, config.beta = config.beta, 0.0
+    try:
+        yield
+    finally:
+        config.beta = given
+
+
+def gather_parameters(*parameters: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """A context in which parameters that ZeRO-3 has sharded are whole; others are left alone."""
+    context: contextlib.AbstractContextManager[None]
+    # a model that DeepSpeed did not shard (quantized, or placed by the user) has no `ds_status`
+    context = maybe_gather_lm_head_ctx(*[parameter for parameter in parameters if hasattr(parameter, "ds_status")])
+    return context
+
+
+@contextlib.contextmanager
 def gather_heads(*heads: torch.nn.Module | None) -> Iterator[None]:
     """
     Makes the weights of output heads whole, under ZeRO-3 in place and under FSDP2 as `whole`, a pair that
@@ -118,8 +144,7 @@ def gather_heads(*heads: torch.nn.Module | None) -> Iterator[None]:
     Ranks hold different numbers of chunks, so heads are gathered around the loop over chunks, never in it.
     """
     parameters = [parameter for head in heads if head is not None for parameter in head.parameters(recurse=False)]
-    # a model that DeepSpeed did not shard (quantized, or placed by the user) has no `ds_status`
-    with maybe_gather_lm_head_ctx(*[parameter for parameter in parameters if hasattr(parameter, "ds_status")]):
+    with gather_parameters(*parameters):
         split: dict[int, Any] = {
             id(head): head for head in heads if hasattr(getattr(head, "weight", None), "full_tensor")
         }

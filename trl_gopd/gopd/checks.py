@@ -9,12 +9,13 @@ from transformers.utils import is_peft_available
 
 from ._trl import refuse_head_adapter
 from .config import GOPDConfig
+from .frozen.adapter import check_adapted_student, is_peft
 from .frozen.head import check_fused_head, check_head, logit_transform
 from .frozen.local import project
 
 
 if is_peft_available():
-    from peft import PeftModel, PromptLearningConfig
+    pass
 
 
 def check_arguments(args: Any, *, uses_tools: bool) -> None:
@@ -98,7 +99,7 @@ def check_dataset(dataset: Any, name: str, *, needs_prompts: bool) -> None:
             raise ValueError(f"`{name}` has the column `{column}`, but frozen models score text only. Drop it.")
 
 
-def check_student(model: Any, args: GOPDConfig) -> None:
+def check_student(model: Any, args: GOPDConfig, *, needs_start: bool, accelerator: Any) -> None:
     """
     Raises `ValueError` for a student that the estimator cannot train.
 
@@ -107,15 +108,15 @@ def check_student(model: Any, args: GOPDConfig) -> None:
             The student, to which TRL has added its fused head. It is not changed.
         args ([`GOPDConfig`]):
             Configuration of the run.
+        needs_start (`bool`):
+            Whether the student's start has to be scored.
+        accelerator ([`~accelerate.Accelerator`]):
+            Says how the run is distributed.
     """
-    has_adapter = is_peft_available() and isinstance(model, PeftModel)
+    has_adapter = is_peft(model)
     if has_adapter:
         refuse_head_adapter(model)
-    if args.gopd_estimator != "sampled" and has_adapter and isinstance(model.active_peft_config, PromptLearningConfig):
-        raise ValueError(
-            f"Prompt-learning adapters are not supported by `gopd_estimator={args.gopd_estimator!r}`, which "
-            "calls the backbone. Use 'sampled', or a LoRA adapter."
-        )
+        check_adapted_student(model, estimator=args.gopd_estimator, needs_start=needs_start, accelerator=accelerator)
     if any(hasattr(parameter, "ds_shape") for parameter in model.parameters()):
         return  # ZeRO-3 has split the weights already, and its engine is not there yet
     base: Any = model.get_base_model() if has_adapter else model

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._trl import through_forward
+from .frozen.start import output_head
 
 
 class Student:
@@ -53,7 +54,7 @@ class Student:
             inputs.pop("labels", None)
             hidden, aux_loss = backbone(self.base, computes_aux_loss=self.computes_aux_loss, **inputs)
             states = hidden[:, -self.num_tokens - 1 : -1]
-            return function(states, self.base.get_output_embeddings()), aux_loss
+            return function(states, output_head(self.base)), aux_loss
 
         with self.autocast():
             outputs: tuple[tuple[Tensor | None, ...], Tensor | None] = through_forward(

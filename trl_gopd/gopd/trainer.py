@@ -5,6 +5,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +18,23 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from trl import GRPOTrainer
 
 from . import batch as keys
-from ._trl import ACCEPTED, check_device, disable_gradient_checkpointing, eos_token_ids, get_config_model_id
+from ._trl import (
+    ACCEPTED,
+    check_device,
+    disable_gradient_checkpointing,
+    eos_token_ids,
+    get_config_model_id,
+    without_reference_adapter,
+)
 from .batch import Batch, Scores
 from .checks import check_arguments, check_datasets, check_rewards, check_student
 from .completion_log import CompletionLog
 from .config import GOPDConfig
 from .estimators.build import build_estimator
-from .frozen.adapter import student_start, without_adapters
+from .frozen.adapter import copy_start, is_fresh_adapter, is_peft, refuse_anchor_name, without_adapters
 from .frozen.build import FrozenBuilder, asks_servers
 from .frozen.routing import Routing, as_name
+from .frozen.start import StudentStart
 from .generation_batch import route
 from .model_card import PAPER, describe
 from .observer import EndOfStep, Observer
@@ -160,39 +169,50 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
                 "`ref_model` is not loaded: with `gopd_lambda=1` it cancels out of the objective.", stacklevel=2
             )
         # What the reference is by default has to be settled before GRPO wraps, and changes, the student.
-        start = None
-        if self._routing.uses_start:
-            start = student_start(model, has_peft_config=peft_config is not None, keeps_reference=args.beta != 0)
+        has_adapter = peft_config is not None or is_peft(model)
+        start: Any = None
+        if self._routing.uses_start and not has_adapter:
+            start = model if isinstance(model, str) else copy_start(model)
+        refuse_anchor_name(model, args)
 
         set_seed(args.seed)  # TRL before 1.15 does so only after it has drawn a new adapter
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs or null_reward,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            tools=tools,
-            **grpo_kwargs,
-        )
+        keeps_start = is_peft(model) and not args.sync_ref_model  # which TRL refuses under an adapter
+        with without_reference_adapter(args) if keeps_start else nullcontext():
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs or null_reward,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+                **grpo_kwargs,
+            )
+        self.beta = args.beta
         self._has_rewards = any(function is not null_reward for function in self.reward_funcs)
         if self._has_rewards:
             check_rewards(args, source="The rewards of `reward_funcs` or of an environment's `get_reward`")
-        check_student(self.accelerator.unwrap_model(self.model), args)
+        student = self.accelerator.unwrap_model(self.model)
+        needs_start = self._routing.uses_start or args.beta != 0
+        check_student(student, args, needs_start=needs_start, accelerator=self.accelerator)
+        is_fresh = is_peft(student) and is_fresh_adapter(student)
+        self._kept_start = None
+        if is_peft(student) and needs_start and not is_fresh:
+            self._kept_start = StudentStart(student, self.accelerator)
         builder = FrozenBuilder(
             args,
             accelerator=self.accelerator,
             student=lambda: self.model,
             tokenizer=self._tokenizer,
             # Only now are the weights under the student's adapter known to be those of their name.
-            is_plain_base=isinstance(model, str) and not getattr(self._student_base, "is_quantized", False),
+            is_plain_base=isinstance(model, str) and is_fresh and not getattr(student, "is_quantized", False),
             asks_servers=asks,
         )
-        self._frozen = builder.build(self._routing, start)
+        self._frozen = builder.build(self._routing, start or self._kept_start)
         if args.beta == 0 and self.references:  # otherwise it is what GRPO's own KL penalty is measured from
             self.ref_model = self._frozen.modules("references")
         self._teacher_prompts = TeacherPrompts(
@@ -291,6 +311,8 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            if self._kept_start is not None:
+                self._kept_start.save(folder)
             write_state(folder, self._identities, self._schedule)
 
     @functools.cached_property  # they never change, and checksums read every parameter
@@ -303,6 +325,8 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)
         if folder:
+            if self._kept_start is not None:
+                self._kept_start.load(Path(str(folder)))
             read_state(Path(str(folder)), self._identities, self._schedule)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -404,7 +428,9 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         if self._pending is None:
             if not self._estimator.needs_old_logps:  # GRPO asks for those of the policy that sampled
                 return torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device), None, None
-            return inherited()  # type: ignore[no-any-return]
+            # Without an adapter the student need not be what it was before training, the anchor of the KL penalty.
+            with nullcontext() if self._kept_start is None else self._kept_start.instead_of_base(self.model):
+                return inherited()  # type: ignore[no-any-return]
         inputs, batch, scores = self._pending
         self._pending = None
         student = Student(

@@ -106,7 +106,7 @@ def head_arguments(head: Any, others: Sequence[nn.Module]) -> dict[str, Any]:
     which makes a context in which this head and those of frozen models are whole under ZeRO-3. The student's own head
     may be among the latter.
     """
-    weight, bias = head.weight, head.bias
+    weight, bias = head.weight, getattr(head, "bias", None)
     if hasattr(weight, "full_tensor"):
         weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
     heads = list(dict.fromkeys([head, *others]))

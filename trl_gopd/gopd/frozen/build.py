@@ -21,6 +21,7 @@ from .protocols import Scorer
 from .routed import RoutedScorer
 from .routing import Routing
 from .served import ServedScorer, is_url
+from .start import StudentStart
 from .tokenizers import check_tokenizer, check_vocabulary
 
 
@@ -148,15 +149,15 @@ class FrozenBuilder:
         self.shared_adapters: list[str] = []
         self._built: dict[tuple[Any, ...], Scorer] = {}
 
-    def build(self, routing: Routing, start: "str | nn.Module | adapter.AdapterStart | None") -> FrozenModels:
+    def build(self, routing: Routing, start: "str | nn.Module | StudentStart | None") -> FrozenModels:
         """
         All frozen models of a run.
 
         Args:
             routing ([`Routing`]):
                 Knows the teachers and references that the user gave.
-            start (`str` or `torch.nn.Module` or [`AdapterStart`], *optional*):
-                The student's start, for references that were not given.
+            start (`str` or `torch.nn.Module` or [`StudentStart`], *optional*):
+                The student's start, for references that were not given; `None` for the student without its adapter.
         """
         args: Any = self.args  # the dictionaries that a user may give as text are dictionaries by now
         teachers = {
@@ -201,25 +202,27 @@ class FrozenBuilder:
         self._built[source] = scorer
         return scorer
 
-    def _start(self, start: "str | nn.Module | adapter.AdapterStart | None") -> Scorer:
-        if isinstance(start, adapter.AdapterStart):
-            return self._adapter(start.name)
+    def _start(self, start: "str | nn.Module | StudentStart | None") -> Scorer:
+        if start is None or isinstance(start, StudentStart):
+            return self._adapter(None, start)
         kwargs = self.args.model_init_kwargs if isinstance(start, str) else None
         kwargs = {key: value for key, value in (kwargs or {}).items() if key != "dtype"}
         return self._build(start, None, "ref_model", kwargs, None)
 
-    def _adapter(self, name: str | None) -> Scorer:
-        if ("student", name) not in self._built:
-            self._built["student", name] = adapter.AdapterScorer(
+    def _adapter(self, name: str | None, start: StudentStart | None = None) -> Scorer:
+        key = ("student", name, start)
+        if key not in self._built:
+            self._built[key] = adapter.AdapterScorer(
                 self.student,
                 name,
                 accelerator=self.accelerator,
                 temperature=self.args.temperature,
                 batch_size=self.args.per_device_train_batch_size,
                 chunk_size=self.args.gopd_chunk_size,
+                start=start,
                 checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             )
-        return self._built["student", name]
+        return self._built[key]
 
     def _local(
         self, given: Any, label: str, role: str, init_kwargs: dict[str, Any] | None, revision: str | None
