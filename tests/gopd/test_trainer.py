@@ -152,8 +152,8 @@ class Reusing(Recording):
 
 class TestReuse:
     """
-    The second of two steps on one generation batch, whose tokens the start has sampled. TRL's formula of each loss type
-    is written out, with advantages under the policy that sampled.
+    The second of two steps on one generation batch, whose tokens the start has sampled. TRL's formula of each loss
+    type is written out, with advantages under the policy that sampled.
     """
 
     # Bounds that some ratios of the second step lie in, below and above
