@@ -31,6 +31,11 @@ def check_arguments(args: Any, *, uses_tools: bool) -> None:
         raise TypeError(f"`args` must be a `GOPDConfig`, got {type(args).__name__}. Build one with the same fields.")
     if args.use_stored_completions and uses_tools:
         raise ValueError("`use_stored_completions` samples nothing, so there is no turn for tools. Drop them.")
+    if args.gopd_eos_mismatch == "map" and uses_tools:
+        raise ValueError(
+            "`gopd_eos_mismatch='map'` exchanges the end token in the whole completion, which with tools has "
+            "the ends of several turns as the template writes them. Use models that end alike, or 'keep'."
+        )
 
 
 def check_rewards(args: GOPDConfig, *, source: str) -> None:
