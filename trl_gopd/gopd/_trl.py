@@ -54,6 +54,7 @@ __all__ = [
     "prepare_deepspeed",
     "prepare_fsdp",
     "through_forward",
+    "tools_of_rows",
     "use_adapter",
 ]
 
@@ -144,6 +145,13 @@ def fused_log_probs(student: Any, input_ids: torch.Tensor, **inputs: Any) -> tor
     output = student(input_ids=input_ids, labels=input_ids, fused_lm_head=True, **inputs)
     log_probs: torch.Tensor = output.log_probs[:, : input_ids.size(1) - 1]
     return log_probs
+
+
+def tools_of_rows(trainer: Any, count: int) -> list[list[Callable[..., Any]]]:
+    """The tools that a trainer's templates were given for each of the `count` prompts of its last batch."""
+    if trainer.environment_factories is None:
+        return [trainer.tools] * count
+    return [trainer._env_tools[name] for name in trainer._batch_environments]
 
 
 def through_forward(

@@ -17,11 +17,24 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from trl import GRPOTrainer
 
 from . import batch as keys
-from ._trl import ACCEPTED, check_device, disable_gradient_checkpointing, eos_token_ids, get_config_model_id
+from ._trl import (
+    ACCEPTED,
+    check_device,
+    disable_gradient_checkpointing,
+    eos_token_ids,
+    get_config_model_id,
+    tools_of_rows,
+)
 from .batch import Batch, Scores
-from .checks import check_arguments, check_datasets, check_rewards, check_student
+from .checks import (
+    check_arguments,
+    check_datasets,
+    check_rewards,
+    check_student,
+)
 from .completion_log import CompletionLog
 from .config import GOPDConfig
+from .contexts import Contexts
 from .estimators.build import build_estimator
 from .frozen.adapter import student_start, without_adapters
 from .frozen.build import FrozenBuilder, asks_servers
@@ -200,13 +213,9 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
             self._routing.by_teacher("teacher_processing_class", teacher_processing_class),
             column=args.teacher_prompt_column,
             tokenizer=self._tokenizer,
-            template_options={
-                "chat_template": self.chat_template,
-                "tools": self.tools or None,
-                **self.chat_template_kwargs,
-            },
-            contexts={key: scorer.context for key, scorer in self.teachers.items()},
-            drops_overlong=args.overlong_teacher_prompts == "drop",
+            chat_template=self.chat_template,
+            template_options=self.chat_template_kwargs,
+            contexts=Contexts(self.teachers, self.references, drops_overlong=args.overlong_teacher_prompts == "drop"),
         )
         self._estimator = build_estimator(
             args,
@@ -232,6 +241,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
             self._completion_log = CompletionLog(
                 self.accelerator, has_rewards=self._has_rewards, extrapolation_clip=args.gopd_extrapolation_clip
             )
+        self._prompts: list[Any] = []  # that the student reads
         self._rows: list[dict[str, Any]] = []  # of the data set, while their completions are generated
         # The micro-batch whose log-probabilities the inherited loss is about to ask for.
         self._pending: tuple[dict[str, Any], Batch, Scores] | None = None
@@ -326,6 +336,8 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
             inputs,
             routing=self._routing,
             prompts=self._teacher_prompts,
+            student_prompts=self._prompts,
+            tools=tools_of_rows(self, len(inputs)),
             tokens_to_skip=self.args.num_loss_tokens_to_skip,
             add_over_ranks=lambda count: self.accelerator.gather(count).sum(),
         )
@@ -349,6 +361,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         return output
 
     def _generate(self, prompts: list[Any]) -> Any:
+        self._prompts = prompts  # to which an environment may have added
         generated = super()._generate(prompts)
         # TRL may mask truncated completions out, which makes them look empty.
         self._lengths = torch.tensor([len(ids) for ids in generated[1]], device=self.accelerator.device)
