@@ -30,7 +30,10 @@ from .checks import (
     check_arguments,
     check_datasets,
     check_rewards,
+    check_rows,
     check_student,
+    check_token_ids,
+    checked_rollouts,
 )
 from .completion_log import CompletionLog
 from .config import GOPDConfig
@@ -172,6 +175,8 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
             warnings.warn(
                 "`ref_model` is not loaded: with `gopd_lambda=1` it cancels out of the objective.", stacklevel=2
             )
+        if grpo_kwargs.get("rollout_func") is not None:
+            grpo_kwargs["rollout_func"] = checked_rollouts(grpo_kwargs["rollout_func"])
         # What the reference is by default has to be settled before GRPO wraps, and changes, the student.
         start = None
         if self._routing.uses_start:
@@ -319,12 +324,17 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
     # One generation batch
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        if not self.args.use_stored_completions:
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        return stored_completions(self._rows, max_length=self.max_completion_length)
+        check_token_ids("prompt", prompt_ids, self._rows, self._student_base.config)
+        if self.args.use_stored_completions:
+            output: Any = stored_completions(self._rows, max_length=self.max_completion_length)
+        else:
+            output = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        check_token_ids("completion", output[0], self._rows, self._student_base.config)
+        return output
 
     @torch.no_grad()
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        check_rows(inputs)
         if self._completion_log is not None:
             self._completion_log.fill(self._logs)
         self._rows = inputs
