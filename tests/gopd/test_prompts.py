@@ -3,12 +3,18 @@ A teacher that reads another prompt than the student scores the same completion,
 those of each row alone, without padding.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from tests.gopd.harness import load, log_probs
+from tests.gopd.test_contexts import Model, batch_of
+from trl_gopd.gopd._trl import tools_of_rows
 from trl_gopd.gopd.batch import Batch
+from trl_gopd.gopd.contexts import Contexts
+from trl_gopd.gopd.prompts import TeacherPrompts
 
 
 def solved(row):
@@ -163,6 +169,67 @@ class TestRendering:
         trainer.train()
         assert all(t.startswith("[user] What is") for t in decoded(tokenizer, trainer.seen))
 
+    def test_options_of_the_student(self, make, prompts, tokenizer):
+        """As for Qwen3 without thinking, where the template of a teacher would otherwise ask for thoughts."""
+        other = self.other_template(tokenizer)
+        other.chat_template += "{% if enable_thinking is false %}<think></think>{% endif %}"
+        trainer = make(
+            train_dataset=self.chat(prompts),
+            teacher_processing_class=other,
+            chat_template_kwargs={"enable_thinking": False},
+        )
+        trainer.train()
+        assert all(t.endswith("[say] <think></think>") for t in decoded(tokenizer, trainer.seen))
+
+    def test_tools_and_templates_of_rows(self, tokenizer):
+        """Each row's tools, and what its environment added to its prompt; a template that stands in for one's own
+        stands in for the student's alone."""
+
+        def search(query: str):
+            """
+            Searches.
+
+            Args:
+                query: What for.
+            """
+
+        other = self.other_template(tokenizer)
+        other.chat_template = "own{% for t in tools or [] %} {{ t['function']['name'] }}{% endfor %}" + (
+            "{% for m in messages %} {{ m['content'] }}{% endfor %}{% if think is false %} no{% endif %}"
+        )
+        render = TeacherPrompts(
+            {"ours": lambda row: row["prompt"]},
+            {"theirs": other},
+            column="teacher_prompt",
+            tokenizer=tokenizer,
+            chat_template=other.chat_template.replace("own", "given"),
+            template_options={"think": False},
+            contexts=Contexts({"ours": Model(None), "theirs": Model(None)}, {}),
+        )
+        message = [{"role": "user", "content": "hi"}]
+        added = [{"role": "user", "content": "hi there"}]
+        rows = [{"prompt": message}] * 3
+        read = render(rows, batch_of([1, 1, 0]), prompts=[message, added, message], tools=[[search], [], [search]])
+        texts = [
+            tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(read.prompt_ids, read.prompt_mask, strict=True)
+        ]
+        assert texts == ["own search hi no", "own hi there no", "given search hi no"]
+
+    def test_tools_are_those_of_the_batch(self):
+        alone = SimpleNamespace(environment_factories=None, tools=["a"])
+        assert tools_of_rows(alone, 2) == [["a"], ["a"]]
+        several = SimpleNamespace(
+            environment_factories={"x": None, "y": None},
+            tools=["a", "b"],
+            _env_tools={"x": ["a"], "y": ["b"]},
+            _batch_environments=["y", "x"],
+        )
+        assert tools_of_rows(several, 2) == [["b"], ["a"]]
+
+    def test_prompt_without_tokens(self, make):
+        with pytest.raises(ValueError, match="teacher's prompt '' for the row with the prompt .* has no tokens"):
+            make(teacher_prompt=lambda row: "").train()
+
     def test_by_teacher(self, several, tokenizer, prompts):
         trainer = several(teacher_prompt={"code": solved}, per_device_train_batch_size=8)
         trainer.train()
@@ -217,7 +284,7 @@ class TestBadInput:
     def test_other_ids(self, make, tokenizer):
         from tests.tiny import build_tokenizer
 
-        with pytest.raises(ValueError, match="`teacher_processing_class` has other token ids"):
+        with pytest.raises(ValueError, match="`teacher_processing_class` has other token ids.*, 3 for example"):
             make(teacher_processing_class=build_tokenizer(("<|extra|>",)))
 
     def test_unknown_teacher(self, several):

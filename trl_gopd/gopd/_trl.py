@@ -48,12 +48,14 @@ __all__ = [
     "create_model_from_path",
     "disable_gradient_checkpointing",
     "eos_token_ids",
+    "fused_log_probs",
     "gather_heads",
     "gather_parameters",
     "get_config_model_id",
     "prepare_deepspeed",
     "prepare_fsdp",
     "through_forward",
+    "tools_of_rows",
     "use_adapter",
     "without_reference_adapter",
 ]
@@ -156,6 +158,25 @@ def gather_heads(*heads: torch.nn.Module | None) -> Iterator[None]:
         finally:
             for head in split.values():
                 head.__dict__.pop("whole", None)
+
+
+def fused_log_probs(student: Any, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor | None:
+    """
+    Log-probabilities `(B, L - 1)` of the ids after the first, as TRL computes them in the loss from hidden states;
+    `None` with TRL 1.14, which computes them from the student's own logits.
+    """
+    if Version(trl.__version__).release[:2] < (1, 15):
+        return None
+    output = student(input_ids=input_ids, labels=input_ids, fused_lm_head=True, **inputs)
+    log_probs: torch.Tensor = output.log_probs[:, : input_ids.size(1) - 1]
+    return log_probs
+
+
+def tools_of_rows(trainer: Any, count: int) -> list[list[Callable[..., Any]]]:
+    """The tools that a trainer's templates were given for each of the `count` prompts of its last batch."""
+    if trainer.environment_factories is None:
+        return [trainer.tools] * count
+    return [trainer._env_tools[name] for name in trainer._batch_environments]
 
 
 def through_forward(

@@ -160,11 +160,13 @@ class Batch:
         return self._after(self.teacher_prompt_ids, self.teacher_prompt_mask)
 
     def _after(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Sequences:
-        return Sequences(
-            torch.cat([prompt_ids, self.completion_ids], dim=1),
-            torch.cat([prompt_mask, self.completion_mask], dim=1),
-            self.loss_mask.bool(),
-        )
+        scored = self.loss_mask.bool()
+        # A row without a token to score need not be read, and may be too long to be: the last token of its prompt, of
+        # which every row has one, keeps it in the batch.
+        last = torch.arange(prompt_mask.size(1), device=prompt_mask.device) == prompt_mask.size(1) - 1
+        is_read = scored.any(1, keepdim=True)
+        seen = torch.cat([prompt_mask * (is_read | last), self.completion_mask * is_read], dim=1)
+        return Sequences(torch.cat([prompt_ids, self.completion_ids], dim=1), seen, scored)
 
 
 @dataclass(frozen=True)

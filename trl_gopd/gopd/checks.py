@@ -1,7 +1,7 @@
-"""Checks of what a trainer was given, before anything is loaded or changed."""
+"""Checks of what a trainer was given: of its arguments before anything is loaded or changed, and of each batch."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,9 +9,10 @@ from transformers.utils import is_peft_available
 
 from ._trl import refuse_head_adapter
 from .config import GOPDConfig
+from .contexts import shortened
 from .frozen.adapter import check_adapted_student, is_peft
 from .frozen.head import check_fused_head, check_head, logit_transform
-from .frozen.local import project
+from .frozen.local import project, vocab_size_of
 
 
 if is_peft_available():
@@ -32,6 +33,11 @@ def check_arguments(args: Any, *, uses_tools: bool) -> None:
         raise TypeError(f"`args` must be a `GOPDConfig`, got {type(args).__name__}. Build one with the same fields.")
     if args.use_stored_completions and uses_tools:
         raise ValueError("`use_stored_completions` samples nothing, so there is no turn for tools. Drop them.")
+    if args.gopd_eos_mismatch == "map" and uses_tools:
+        raise ValueError(
+            "`gopd_eos_mismatch='map'` exchanges the end token in the whole completion, which with tools has "
+            "the ends of several turns as the template writes them. Use models that end alike, or 'keep'."
+        )
 
 
 def check_rewards(args: GOPDConfig, *, source: str) -> None:
@@ -79,7 +85,7 @@ def check_datasets(
 
 def check_dataset(dataset: Any, name: str, *, needs_prompts: bool) -> None:
     """
-    Raises `ValueError` for a data set without rows, without prompts or with images.
+    Raises `ValueError` for a data set without rows, with rows without prompts, or with images.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
@@ -97,6 +103,75 @@ def check_dataset(dataset: Any, name: str, *, needs_prompts: bool) -> None:
     for column in ("image", "images"):
         if isinstance(columns, list) and column in columns:
             raise ValueError(f"`{name}` has the column `{column}`, but frozen models score text only. Drop it.")
+    if isinstance(columns, list) and "prompt" in columns and hasattr(dataset, "__len__"):
+        for number, prompt in enumerate(dataset["prompt"]):
+            _check_prompt(prompt, f"row {number} of `{name}`")
+
+
+def check_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises `ValueError` for a row of a batch without a prompt, unless its environment is to give one."""
+    for number, row in enumerate(rows):
+        if "prompt" in row:
+            _check_prompt(row["prompt"], f"row {number} of the batch")
+
+
+def _check_prompt(prompt: Any, where: str) -> None:
+    if isinstance(prompt, str) or isinstance(prompt, list) and prompt:
+        return
+    raise ValueError(
+        f"`prompt` must be a string or a list of messages, got {shortened(prompt)} in {where}. Correct the row, or "
+        "leave it out."
+    )
+
+
+def check_token_ids(
+    kind: str, token_ids: Sequence[Sequence[int]], rows: Sequence[Mapping[str, Any]], config: Any
+) -> None:
+    """
+    Raises `ValueError` for a prompt or completion without tokens, or with ids that the student does not have.
+
+    Args:
+        kind (`str`):
+            `"prompt"` or `"completion"`.
+        token_ids (`Sequence[Sequence[int]]`):
+            Ids of all prompts or completions of a batch.
+        rows (`Sequence[Mapping]`):
+            Rows of the data set, for messages. May be others in number, as between the turns of tools.
+        config ([`~transformers.PreTrainedConfig`]):
+            The student's.
+    """
+    vocab_size = vocab_size_of(config)
+    for number, ids in enumerate(token_ids):
+        outside = [index for index in ids if not 0 <= index < vocab_size]
+        if len(ids) and not outside:
+            continue
+        shown = f" ({shortened(rows[number].get('prompt'))})" if len(rows) == len(token_ids) else ""
+        where = f"The {kind} of row {number} of the batch{shown}"
+        if outside:
+            raise ValueError(
+                f"{where} has the token id {outside[0]}, and the student has ids below {vocab_size}. Use ids of the "
+                "student's tokenizer."
+            )
+        raise ValueError(
+            f"{where} has no tokens. A {kind} needs at least one"
+            + (", if only the end of the answer." if kind == "completion" else ". Correct the row, or leave it out.")
+        )
+
+
+def checked_rollouts(rollout_func: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """A `rollout_func` of [`~trl.GRPOTrainer`] whose prompts and completions are checked before they are used."""
+
+    @functools.wraps(rollout_func)
+    def checked(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        output = rollout_func(prompts, trainer)
+        rows = [{"prompt": prompt} for prompt in prompts]
+        for kind in ("prompt", "completion"):
+            given = output.get(f"{kind}_ids")
+            if given is not None:  # TRL names what is missing
+                check_token_ids(kind, given, rows, trainer.model.config)
+        return output
+
+    return checked
 
 
 def check_student(model: Any, args: GOPDConfig, *, needs_start: bool, accelerator: Any) -> None:

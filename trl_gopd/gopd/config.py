@@ -11,6 +11,7 @@ from ._trl import allow_one_generation
 from .schedules import KINDS, BackOff, LambdaSchedule
 
 
+EOS_MISMATCHES = ("raise", "map", "keep")
 ESTIMATORS = ("sampled", "stratified", "full")
 # Aggregations whose token term is ratio × advantage, so that an advantage with a gradient passes through unchanged.
 FULL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -121,8 +122,13 @@ class GOPDConfig(GRPOConfig):  # type: ignore[misc]
             before it scores the student's completion: the problem with its solution, for example. The reference reads
             `prompt`.
         overlong_teacher_prompts (`str`, *optional*, defaults to `"raise"`):
-            What becomes of a row whose teacher's prompt and completion exceed the teacher's context: `"raise"`, or
-            `"drop"` to leave it out of the loss. Nothing is ever truncated.
+            What becomes of a row whose prompt and completion exceed the context of its teacher or of its reference:
+            `"raise"`, or `"drop"` to leave it out of the loss. Nothing is ever truncated.
+        gopd_eos_mismatch (`str`, *optional*, defaults to `"raise"`):
+            What becomes of a teacher or reference that ends its answers with another token than the student, such as
+            a base model beside a chat model. `"raise"` refuses it if the two have no end token in common, and warns if
+            only the first ones differ. `"map"` lets it read and score the student's end token as its own. `"keep"`
+            scores the student's end token as it is: if the model never ends with it, the student learns not to end.
         logprob_cache_dir (`str`, *optional*):
             Folder for the log-probabilities of frozen models, one SQLite file each. A completion that one of them has
             scored after the same prompt is not scored again, in this run or another; a file can stand for its model.
@@ -255,8 +261,16 @@ class GOPDConfig(GRPOConfig):  # type: ignore[misc]
     overlong_teacher_prompts: str = field(
         default="raise",
         metadata={
-            "help": "What becomes of a row whose teacher's prompt and completion exceed the teacher's context.",
+            "help": "What becomes of a row that exceeds the context of its teacher or of its reference.",
             "choices": ["raise", "drop"],
+        },
+    )
+    gopd_eos_mismatch: str = field(
+        default="raise",
+        metadata={
+            "help": "What becomes of a teacher or reference that ends its answers with another token than the "
+            "student: 'raise', 'map' to score the student's end token as its own, or 'keep' to score it as it is.",
+            "choices": list(EOS_MISMATCHES),
         },
     )
     logprob_cache_dir: str | None = field(
@@ -322,6 +336,11 @@ class GOPDConfig(GRPOConfig):  # type: ignore[misc]
         if self.overlong_teacher_prompts not in ("raise", "drop"):
             raise ValueError(
                 f"`overlong_teacher_prompts` must be 'raise' or 'drop', got {self.overlong_teacher_prompts!r}."
+            )
+        if self.gopd_eos_mismatch not in EOS_MISMATCHES:
+            raise ValueError(
+                f"`gopd_eos_mismatch` must be one of {list(EOS_MISMATCHES)}, got {self.gopd_eos_mismatch!r}. Use "
+                "'raise' to be told of a mismatch."
             )
         clip = self.gopd_extrapolation_clip
         if clip is not None and not 0 < clip < math.inf:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import batch as keys
+from .batch import Batch
 from .frozen.routing import Routing
 from .prompts import TeacherPrompts
 
@@ -17,6 +18,8 @@ def route(
     *,
     routing: Routing,
     prompts: TeacherPrompts,
+    student_prompts: Sequence[Any],
+    tools: Sequence[list[Callable[..., Any]]],
     tokens_to_skip: int,
     add_over_ranks: Callable[[Tensor], Tensor],
 ) -> None:
@@ -32,6 +35,10 @@ def route(
             Knows the teacher and λ of a row.
         prompts ([`TeacherPrompts`]):
             Renders what teachers read.
+        student_prompts (`Sequence`):
+            What the student's prompts were rendered from. An environment may have added to those of the rows.
+        tools (`Sequence[list[Callable]]`):
+            Tools that the student's prompts name, for each row.
         tokens_to_skip (`int`):
             How many tokens at the beginning of a completion are not trained on.
         add_over_ranks (`Callable`):
@@ -40,22 +47,14 @@ def route(
     mask = output[keys.COMPLETION_MASK]
     output[keys.TEACHER_INDEX], output[keys.LAMBDA] = routing.rows(rows, device=mask.device)
     output[keys.ROW] = torch.arange(len(rows), device=mask.device)
-    ids = list(routing.teachers)
-    rendered = prompts(
-        rows,
-        [ids[index] for index in output[keys.TEACHER_INDEX].tolist()],
-        prompt_ids=output[keys.PROMPT_IDS],
-        prompt_mask=output[keys.PROMPT_MASK],
-        completion_mask=mask,
-    )
-    own = mask * output[keys.TOOL_MASK] if keys.TOOL_MASK in output else mask
-    if rendered is not None:
-        output[keys.TEACHER_PROMPT_IDS] = rendered.prompt_ids
-        output[keys.TEACHER_PROMPT_MASK] = rendered.prompt_mask
-        own = own * rendered.is_readable.unsqueeze(1)
+    batch = Batch.from_trl(output)
+    read = prompts(rows, batch, prompts=student_prompts, tools=tools)
+    if read.prompt_ids is not None:
+        output[keys.TEACHER_PROMPT_IDS], output[keys.TEACHER_PROMPT_MASK] = read.prompt_ids, read.prompt_mask
+    own = batch.loss_mask * read.is_readable.unsqueeze(1)
     if tokens_to_skip:
         own = own * (own.cumsum(1) > tokens_to_skip)
-    if tokens_to_skip or prompts.drops_overlong:
+    if tokens_to_skip or prompts.contexts.drops_overlong:
         # TRL's loss divides by the tokens of this mask, and of the generation batch, as our metrics do.
         output[keys.TOOL_MASK] = own
         output[keys.NUM_ITEMS] = add_over_ranks(own.sum())

@@ -24,12 +24,22 @@ from ._trl import (
     disable_gradient_checkpointing,
     eos_token_ids,
     get_config_model_id,
+    tools_of_rows,
     without_reference_adapter,
 )
 from .batch import Batch, Scores
-from .checks import check_arguments, check_datasets, check_rewards, check_student
+from .checks import (
+    check_arguments,
+    check_datasets,
+    check_rewards,
+    check_rows,
+    check_student,
+    check_token_ids,
+    checked_rollouts,
+)
 from .completion_log import CompletionLog
 from .config import GOPDConfig
+from .contexts import Contexts
 from .estimators.build import build_estimator
 from .frozen.adapter import copy_start, is_fresh_adapter, is_peft, refuse_anchor_name, without_adapters
 from .frozen.build import FrozenBuilder, asks_servers
@@ -168,6 +178,8 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
             warnings.warn(
                 "`ref_model` is not loaded: with `gopd_lambda=1` it cancels out of the objective.", stacklevel=2
             )
+        if grpo_kwargs.get("rollout_func") is not None:
+            grpo_kwargs["rollout_func"] = checked_rollouts(grpo_kwargs["rollout_func"])
         # What the reference is by default has to be settled before GRPO wraps, and changes, the student.
         has_adapter = peft_config is not None or is_peft(model)
         start: Any = None
@@ -220,13 +232,9 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
             self._routing.by_teacher("teacher_processing_class", teacher_processing_class),
             column=args.teacher_prompt_column,
             tokenizer=self._tokenizer,
-            template_options={
-                "chat_template": self.chat_template,
-                "tools": self.tools or None,
-                **self.chat_template_kwargs,
-            },
-            contexts={key: scorer.context for key, scorer in self.teachers.items()},
-            drops_overlong=args.overlong_teacher_prompts == "drop",
+            chat_template=self.chat_template,
+            template_options=self.chat_template_kwargs,
+            contexts=Contexts(self.teachers, self.references, drops_overlong=args.overlong_teacher_prompts == "drop"),
         )
         self._estimator = build_estimator(
             args,
@@ -252,6 +260,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
             self._completion_log = CompletionLog(
                 self.accelerator, has_rewards=self._has_rewards, extrapolation_clip=args.gopd_extrapolation_clip
             )
+        self._prompts: list[Any] = []  # that the student reads
         self._rows: list[dict[str, Any]] = []  # of the data set, while their completions are generated
         # The micro-batch whose log-probabilities the inherited loss is about to ask for.
         self._pending: tuple[dict[str, Any], Batch, Scores] | None = None
@@ -333,12 +342,17 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
     # One generation batch
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        if not self.args.use_stored_completions:
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        return stored_completions(self._rows, max_length=self.max_completion_length)
+        check_token_ids("prompt", prompt_ids, self._rows, self._student_base.config)
+        if self.args.use_stored_completions:
+            output: Any = stored_completions(self._rows, max_length=self.max_completion_length)
+        else:
+            output = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        check_token_ids("completion", output[0], self._rows, self._student_base.config)
+        return output
 
     @torch.no_grad()
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        check_rows(inputs)
         if self._completion_log is not None:
             self._completion_log.fill(self._logs)
         self._rows = inputs
@@ -350,6 +364,8 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
             inputs,
             routing=self._routing,
             prompts=self._teacher_prompts,
+            student_prompts=self._prompts,
+            tools=tools_of_rows(self, len(inputs)),
             tokens_to_skip=self.args.num_loss_tokens_to_skip,
             add_over_ranks=lambda count: self.accelerator.gather(count).sum(),
         )
@@ -373,6 +389,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         return output
 
     def _generate(self, prompts: list[Any]) -> Any:
+        self._prompts = prompts  # to which an environment may have added
         generated = super()._generate(prompts)
         # TRL may mask truncated completions out, which makes them look empty.
         self._lengths = torch.tensor([len(ids) for ids in generated[1]], device=self.accelerator.device)

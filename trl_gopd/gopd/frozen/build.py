@@ -22,7 +22,7 @@ from .routed import RoutedScorer
 from .routing import Routing
 from .served import ServedScorer, is_url
 from .start import StudentStart
-from .tokenizers import check_tokenizer, check_vocabulary
+from .tokenizers import EndTokens, check_tokenizer, check_vocabulary, end_ids, stored_end_ids
 
 
 if is_peft_available():
@@ -146,6 +146,8 @@ class FrozenBuilder:
     ) -> None:
         self.args, self.accelerator, self.student, self.tokenizer = args, accelerator, student, tokenizer
         self.is_plain_base, self.asks_servers = is_plain_base, asks_servers
+        generation_config = self.accelerator.unwrap_model(student()).generation_config
+        self.ends = EndTokens(tokenizer, generation_config, mismatch=args.gopd_eos_mismatch)
         self.shared_adapters: list[str] = []
         self._built: dict[tuple[Any, ...], Scorer] = {}
 
@@ -175,6 +177,9 @@ class FrozenBuilder:
         caches: list[CachedScorer] = []
         if args.logprob_cache_dir is not None:
             caches = self._cache(Path(args.logprob_cache_dir), teachers, references)
+        teachers, references = (
+            {key: self.ends.apply(scorer) for key, scorer in scorers.items()} for scorers in (teachers, references)
+        )
         return FrozenModels(teachers, references, self.accelerator, self.shared_adapters, caches)
 
     def _build(
@@ -233,8 +238,8 @@ class FrozenBuilder:
             raise ValueError(
                 f"`{label}` is the student itself, which training changes. Pass a path or another instance of it."
             )
-        check_tokenizer(self.tokenizer, model, role=label)
-        return LocalScorer(
+        tokenizer = check_tokenizer(self.tokenizer, model, role=label)
+        scorer = LocalScorer(
             model,
             accelerator=self.accelerator,
             temperature=self.args.temperature,
@@ -243,6 +248,8 @@ class FrozenBuilder:
             chunk_size=self.args.gopd_chunk_size,
             offload=self.args.offload_frozen_models,
         )
+        self.ends.compare(scorer, end_ids(tokenizer, scorer.inner.base.generation_config), role=label)
+        return scorer
 
     def _served(
         self, url: str, label: str, role: str, init_kwargs: dict[str, Any] | None, revision: str | None
@@ -260,7 +267,8 @@ class FrozenBuilder:
             timeout=self.args.served_teacher_timeout,
             top_k=self.args.gopd_top_k if self.asks_servers else 1,
         )
-        check_vocabulary(self.tokenizer, scorer.source, role=label)
+        tokenizer = check_vocabulary(self.tokenizer, scorer.source, role=label)
+        self.ends.compare(scorer, stored_end_ids(tokenizer, scorer.source), role=label)
         return scorer
 
     def _stored(self, path: str, label: str) -> CachedScorer:

@@ -7,7 +7,7 @@ tokens at a time.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,17 @@ from .protocols import LogitScorer
 
 def context_of(config: Any) -> int | None:
     """How many tokens a model of this configuration can read, if it says so."""
-    context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    config = config.get_text_config()
+    context: int | None = getattr(config, "max_position_embeddings", None)
+    if context is None:
+        return None
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # one dictionary, or one for each kind of layers
+    for rope in (parameters, *parameters.values()):
+        # These stretch the positions of a shorter context, of which `max_position_embeddings` may still be the length.
+        if isinstance(rope, Mapping) and rope.get("rope_type") in ("linear", "dynamic", "yarn"):
+            original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+            context = max(context, int(original * float(rope.get("factor") or 1.0)))
     return context
 
 
