@@ -38,6 +38,22 @@ def check_arguments(args: Any, *, uses_tools: bool) -> None:
             "`gopd_eos_mismatch='map'` exchanges the end token in the whole completion, which with tools has "
             "the ends of several turns as the template writes them. Use models that end alike, or 'keep'."
         )
+    if args.gopd_nonfinite == "skip":
+        check_steps_can_be_skipped(args)
+
+
+def check_steps_can_be_skipped(args: GOPDConfig) -> None:
+    """Raises `ValueError` for `gopd_nonfinite="skip"` where the optimizer step is a part of the backward pass."""
+    taken_by = None
+    if args.deepspeed or args.distributed_state.distributed_type == "DEEPSPEED":
+        taken_by = "DeepSpeed"
+    elif "layerwise" in args.optim or args.optim in ("lomo", "adalomo"):
+        taken_by = f"`optim={args.optim.value!r}`"
+    if taken_by:
+        raise ValueError(
+            f"`gopd_nonfinite='skip'` cannot leave out the optimizer step of {taken_by}, which takes it inside the "
+            "backward pass. Use 'raise', or train with DDP or FSDP and another optimizer."
+        )
 
 
 def check_rewards(args: GOPDConfig, *, source: str) -> None:

@@ -14,7 +14,7 @@ import trl
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from . import batch as keys
@@ -28,6 +28,7 @@ from ._trl import (
     without_reference_adapter,
 )
 from .batch import Batch, Scores
+from .checkpoints import whole_checkpoint, write_manifest
 from .checks import (
     check_arguments,
     check_datasets,
@@ -47,11 +48,12 @@ from .frozen.routing import Routing, as_name
 from .frozen.start import StudentStart
 from .generation_batch import route
 from .model_card import PAPER, describe
-from .observer import EndOfStep, Observer
+from .nonfinite import NonFiniteGuard
+from .observer import NONFINITE_SHARE, EndOfStep, Observer
 from .prompts import TeacherPrompts
 from .rewards import drop_null_reward, null_reward
 from .rollouts import stored_completions, stored_ratio
-from .state import read_state, write_state
+from .state import RunState
 from .student import Student
 
 
@@ -246,15 +248,22 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         if not self._estimator.needs_old_logps:  # then nothing is corrected for the sampler either
             self.vllm_importance_sampling_correction = False
         self._schedule = args.build_lambda_schedule()
+        self._guard = NonFiniteGuard(
+            args, self.accelerator, frozen=self._frozen, routing=self._routing, tokenizer=self._tokenizer
+        )
         self._observer = Observer(
             args,
             self._schedule,
             self.accelerator,
+            self._guard,
             teacher_ids=list(self.teachers),
             mixes_lambda=self._routing.varies,
             eos_token_ids=eos_token_ids(self),
         )
         self.add_callback(EndOfStep(self._observer))
+        self._run_state = RunState(
+            self, schedule=self._schedule, guard=self._guard, identities=lambda: self._identities
+        )
         self._completion_log = None
         if args.log_completions:
             self._completion_log = CompletionLog(
@@ -317,27 +326,30 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
             super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        self._run_state.save(folder)
+        if self._kept_start is not None and self.args.should_save:
+            self._kept_start.save(folder)
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # the files of all ranks are there
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            if self._kept_start is not None:
-                self._kept_start.save(folder)
-            write_state(folder, self._identities, self._schedule)
+            write_manifest(folder)
 
     @functools.cached_property  # they never change, and checksums read every parameter
     def _identities(self) -> dict[str, dict[str, dict[str, Any]]]:
         return self._frozen.identities()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in [`~transformers.Trainer`]; resuming with other frozen models than the checkpoint's raises."""
-        folder = resume_from_checkpoint
-        if folder is True:
-            folder = get_last_checkpoint(self.args.output_dir)
-        if folder:
-            if self._kept_start is not None:
-                self._kept_start.load(Path(str(folder)))
-            read_state(Path(str(folder)), self._identities, self._schedule)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        """
+        As in [`~transformers.Trainer`], but `True` takes the newest checkpoint that is whole. Resuming with other
+        frozen models than the checkpoint's raises, and every other option that has changed is logged.
+        """
+        folder = whole_checkpoint(resume_from_checkpoint, self.args.output_dir, self.accelerator)
+        if folder is not None:
+            if self._kept_start is not None:  # before it is compared with that of the checkpoint
+                self._kept_start.load(folder)
+            self._run_state.load(folder)
+        return super().train(resume_from_checkpoint if folder is None else str(folder), *args, **kwargs)
 
     # One generation batch
 
@@ -359,6 +371,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if keys.IMAGES in output:  # from a tool, or from rows without column names
             raise NotImplementedError("Rows with images are not supported: frozen models score text only.")
+        output[keys.ADVANTAGES] = self._guard.task_advantages(output[keys.ADVANTAGES])
         route(
             output,
             inputs,
@@ -383,7 +396,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         batch = Batch.from_trl(output)
         if self._completion_log is not None:
             self._completion_log.begin(len(inputs), self._logs)
-        output.update(self._estimator.scores(batch).to_trl())
+        output.update(self._guard.scores(lambda: self._estimator.scores(batch), batch, inputs).to_trl())
         self._add_metrics("gopd", self._frozen.cache_hits())
         drop_null_reward(self._metrics[self._mode], self._logs["rewards"], has_others=self._has_rewards)
         return output
@@ -394,6 +407,10 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         # TRL may mask truncated completions out, which makes them look empty.
         self._lengths = torch.tensor([len(ids) for ids in generated[1]], device=self.accelerator.device)
         return generated
+
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Tensor:
+        rewards = super()._calculate_rewards(inputs, *args, **kwargs)
+        return self._guard.rewards(rewards, self.reward_func_names, inputs)
 
     def _weigh_stored(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         """Adds the importance weights of stored completions, if it is known what their sampler gave them."""
@@ -462,10 +479,6 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         lambdas = self._schedule.at(self.state.global_step, batch.gopd_lambda.unsqueeze(1))
         assert isinstance(lambdas, Tensor)
         estimate = self._estimator.estimate(student, batch, scores, lambdas)
-        if self._completion_log is not None:
-            self._completion_log.add(batch, estimate)
-        is_training = self.model.training
-        self._add_metrics("gopd", self._observer.micro_batch(estimate, batch, is_training=is_training))
         # GRPO's own advantages are zero without `reward_funcs`.
         advantages = estimate.credits
         if self._has_rewards:
@@ -473,8 +486,19 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         weights = self._routing.weights
         if weights is not None:
             advantages = advantages * weights.to(advantages)[batch.teacher_index, None]
+        is_training = self.model.training
+        metrics = self._observer.micro_batch(estimate, batch, advantages=advantages, is_training=is_training)
+        self._add_metrics("gopd", metrics)
+        if self._completion_log is not None and NONFINITE_SHARE not in metrics:
+            self._completion_log.add(batch, estimate)
         inputs[keys.ADVANTAGES] = advantages
         return estimate.logps, estimate.entropy, estimate.aux_loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        metrics = self._guard.gradient(grad_norm, self.optimizer, step=self.state.global_step)
+        self._metrics["train"].update(metrics)  # a count, of which no mean is taken
+        return grad_norm
 
     # Logs
 
