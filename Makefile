@@ -24,17 +24,18 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q $(PYTEST_ARGS)
 DISTRIBUTED_TESTS := $(wildcard tests/distributed/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow mutants lint format bench clean
+.PHONY: help install demo test slow compat mutants lint format bench clean
 
 help:
 	@echo "make demo    distil a small model, merge two experts, quantize another, and write demo_out/"
 	@echo "make test    run the tests (without those marked slow)"
 	@echo "make slow    run only the tests marked slow"
+	@echo "make compat  run the contract tests and a smoke training with each supported version of TRL"
 	@echo "make mutants change operators and constants of the pure modules one by one, and see whether a test fails"
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make bench   time one G-OPD training step"
-	@echo "make clean   remove .venv, caches and outputs"
+	@echo "make clean   remove .venv, .compat, caches and outputs"
 
 install: $(STAMP)
 
@@ -79,6 +80,11 @@ slow: $(STAMP)
 	fi; \
 	exit $$status
 
+# Writes docs/results/compatibility.json and the table of docs/compatibility.md, whether or not everything passed.
+compat: $(STAMP)
+	@echo "Running with each version of TRL (four minutes on two cores; the first time also 700 MB into .compat)"
+	@$(BIN)/python -m tests.compat.matrix --json docs/results/compatibility.json --page docs/compatibility.md
+
 # mutmut keeps what it found in mutants/, so that a run that was stopped goes on, and a changed function alone is tested
 # again. Part of them: make mutants MUTANTS="trl_gopd.gopd.stratified*"
 mutants: $(STAMP)
@@ -101,6 +107,6 @@ bench: $(STAMP)
 	@$(BIN)/python benchmarks/gopd_step.py
 
 clean:
-	@echo "Removing $(VENV), caches and outputs"
-	@rm -rf $(VENV) build dist *.egg-info demo_out mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@echo "Removing $(VENV), .compat, caches and outputs"
+	@rm -rf $(VENV) .compat build dist *.egg-info demo_out mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find trl_gopd tests examples benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -82,7 +82,7 @@ def run_row(row: str, bits: int, seed: int, args: argparse.Namespace) -> dict:
     from transformers import AutoModelForCausalLM
 
     from trl_gopd.d2quant.config import D2QuantConfig
-    from trl_gopd.d2quant.pipeline import quantize_model
+    from trl_gopd.d2quant.quantize import quantize_model
     from trl_gopd.demo.smollm2 import smollm2_path
     from trl_gopd.evaluation import compare, measure, storage
 

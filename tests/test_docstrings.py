@@ -7,8 +7,8 @@ import pytest
 
 
 MODULES = (
-    *("gopd.objective", "gopd.scoring", "gopd.trainer", "demo.arithmetic"),
-    *("gopd.schedules", "gopd.monitors", "gopd.visualize", "gopd.extrapolation"),
+    *("gopd.objective", "gopd.frozen.local", "gopd.trainer", "demo.arithmetic"),
+    *("gopd.schedules", "gopd.monitors", "gopd.visualize", "preflight_check.sampling"),
     *("d2quant.packing", "d2quant.linear", "d2quant.topology", "d2quant.config", "d2quant.calibration"),
     "evaluation.resources",
 )

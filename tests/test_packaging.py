@@ -3,16 +3,18 @@ What the package promises before any of its code runs.
 
 - Importing it is quiet and light, its public names appear when first used, and transformers knows its quantizer,
   whichever is imported first.
-- The dependency rule: `gopd` and `d2quant` never import each other, the pure rooms import torch and each other only,
-  and one file alone knows TRL's private modules.
+- The dependency rule: `gopd` and `d2quant` never import each other, `gopd` never imports `preflight_check`, the pure
+  modules import torch and each other only, and one file alone knows TRL's private modules.
 - The version, the entry point and the type marker are what the metadata says.
 """
 
 import ast
 import importlib
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -29,6 +31,8 @@ PURE = {
     "trl_gopd.gopd": ("objective", "divergence", "stratified", "monitors", "schedules", "visualize"),
     "trl_gopd.d2quant": ("grids", "packing", "rounding", "correction"),
 }
+# The first package of each pair never imports the second.
+FORBIDDEN = (("gopd", "d2quant"), ("d2quant", "gopd"), ("gopd", "preflight_check"))
 TRL_SEAM = "trl_gopd.gopd._trl"
 # Modules of TRL that it moves and renames between minor versions. Names that `trl` itself exports are public.
 TRL_PRIVATE = ("trl.trainer", "trl.models", "trl.distributed", "trl.kernels")
@@ -89,7 +93,7 @@ def breaches(root: Path) -> list[str]:
             reason = None
             if not may_be_in_pure_room(module, name):
                 reason = "a pure room imports torch, the standard library and the pure rooms beside it only"
-            for ours, other in (("gopd", "d2quant"), ("d2quant", "gopd")):
+            for ours, other in FORBIDDEN:
                 if is_within(module, f"trl_gopd.{ours}") and is_within(name, f"trl_gopd.{other}"):
                     reason = f"{ours} must not import {other}"
             if module != TRL_SEAM and any(is_within(name, private) for private in TRL_PRIVATE):
@@ -97,6 +101,25 @@ def breaches(root: Path) -> list[str]:
             if reason:
                 found.append(f"{path.relative_to(root.parent).as_posix()}:{line}: {name}: {reason}")
     return found
+
+
+def circles(root: Path) -> list[list[str]]:
+    """
+    Returns the first circle of modules below `root` that import one another, at any depth, under `TYPE_CHECKING` too.
+    `root` itself is left out: it names the public objects and loads them when they are first used.
+    """
+    files = {module_name(path, root): path for path in root.rglob("*.py") if path != root / "__init__.py"}
+    graph: dict[str, set[str]] = {}
+    for module, path in files.items():
+        names = (name for _, name in imported_names(path, root))
+        # `from a import b` is an import of the module a.b if that is one, and of a otherwise
+        targets = {name if name in files else name.rpartition(".")[0] for name in names}
+        graph[module] = {target for target in targets if target in files and target != module}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return [error.args[1]]
+    return []
 
 
 class TestImport:
@@ -123,6 +146,23 @@ class TestImport:
         assert value.__name__ == name
         assert value is getattr(sys.modules[value.__module__], name)
         assert value.__module__.startswith("trl_gopd.")
+
+    @pytest.mark.parametrize("name", trl_gopd.__all__)
+    def test_no_module_shares_a_public_name(self, name):
+        """The import of such a module would replace the public object by the module."""
+        assert importlib.util.find_spec(f"trl_gopd.{name}") is None
+
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "import trl_gopd.preflight_check.report; from trl_gopd import preflight",
+            "from trl_gopd import preflight; import trl_gopd.preflight_check.report, trl_gopd.cli.preflight",
+        ],
+    )
+    def test_preflight_is_the_function_in_every_order_of_imports(self, statement):
+        check = "import types; assert trl_gopd.preflight is preflight and type(preflight) is types.FunctionType"
+        result = run_in_process("-c", f"import trl_gopd; {statement}; {check}")
+        assert result.returncode == 0, result.stderr[-2000:]
 
     def test_unknown_attribute_is_named(self):
         with pytest.raises(AttributeError, match="'trl_gopd' has no attribute 'GOPDTrainr'"):
@@ -205,6 +245,7 @@ class TestDependencyRule:
             ("gopd/trainer.py", "from .. import d2quant", "gopd must not import d2quant"),
             ("gopd/__init__.py", "from ..d2quant import grids", "gopd must not import d2quant"),
             ("d2quant/grids.py", "import trl_gopd.gopd.objective", "d2quant must not import gopd"),
+            ("gopd/config.py", "from ..preflight_check import options", "gopd must not import preflight_check"),
             ("gopd/objective.py", "import numpy", "a pure room"),
             ("gopd/objective.py", "from . import scoring", "a pure room"),
             ("gopd/schedules.py", "from transformers import TrainerCallback", "a pure room"),
@@ -246,6 +287,27 @@ class TestDependencyRule:
         path.parent.mkdir(parents=True)
         path.write_text(source + "\n")
         assert breaches(tmp_path / "trl_gopd") == []
+
+
+class TestCircles:
+    def test_there_is_none(self):
+        assert circles(PACKAGE) == []
+
+    @pytest.mark.parametrize(
+        "sources",
+        [
+            {"a": "from .b import x", "b": "from .a import y"},
+            {"a": "from . import b", "b": "def f():\n    import trl_gopd.a"},
+            {"a": "from .b import x", "b": "from .c import x", "c": "from trl_gopd.a import x"},
+        ],
+    )
+    def test_one_is_found(self, tmp_path, sources):
+        for name, source in {"__init__": "", **sources}.items():
+            path = tmp_path / "trl_gopd" / f"{name}.py"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(source + "\n")
+        (found,) = circles(tmp_path / "trl_gopd")
+        assert {f"trl_gopd.{name}" for name in sources} <= set(found)
 
 
 class TestMetadata:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writing of files: readers see the complete old file or the complete new one, never a part of it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,13 +8,14 @@ from pathlib import Path
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """
-    Context for writing a file: under another name first, which takes the place of `path` if nothing was raised.
+    Context manager that writes a file under a temporary name and renames it to `path` when the body ends without an
+    exception. After an exception the temporary file is removed and `path` is left as it was.
 
     Args:
-        path (`pathlib.Path`): Where the file goes. What stands there stays until the new one is whole.
+        path (`pathlib.Path`): Final path of the file. A file that exists there is kept until the new one is complete.
 
     Yields:
-        `pathlib.Path`: Where to write meanwhile: in the same folder, with the same suffix.
+        `pathlib.Path`: Temporary path to write to. It is in the same folder and has the same suffix as `path`.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""`trl-gopd preflight`: the report of the room for people and as JSON; mistakes are named before a model is loaded."""
+"""`trl-gopd preflight` prints the report of `preflight` and writes it as JSON; bad arguments load no model."""
 
 import json
 import re
@@ -6,9 +6,9 @@ import re
 import pytest
 from transformers import AutoModelForCausalLM
 
+from trl_gopd import preflight
 from trl_gopd.cli import main
 from trl_gopd.cli.preflight import REWARDS, _reward, build_parser
-from trl_gopd.gopd.preflight import preflight
 
 
 QUICK = {"num_samples": 4, "max_completion_length": 6, "lambdas": (0.5, 1.25)}
@@ -36,7 +36,7 @@ def numbers(report):
     return {key: value for key, value in report.items() if key not in ("seconds", "settings")}
 
 
-def test_is_the_report_of_the_room(models, prompts, tmp_path, capsys):
+def test_is_the_report_of_the_function(models, prompts, tmp_path, capsys):
     json_path = tmp_path / "out.json"
     assert main(command(models, prompts, *FLAGS, "--json", json_path)) == 0
     report = json.loads(json_path.read_text())
@@ -48,6 +48,14 @@ def test_is_the_report_of_the_room(models, prompts, tmp_path, capsys):
     assert all(reason in out for reason in report["reasons"])
     for effect in report["effects"]:
         assert f"{effect['renyi']:.4f}" in out and f"{effect['off_teacher_mass']:.3%}" in out
+
+
+def test_says_that_nothing_can_be_learned(models, prompts, capsys):
+    """With one model as teacher and student, which is then the reference too."""
+    arguments = ["preflight", str(prompts), "--teacher", str(models / "base"), "--student", str(models / "base")]
+    assert main([*arguments, *FLAGS]) == 0
+    out = capsys.readouterr().out
+    assert "recommended: λ = 1\n- There is nothing to learn: student, teacher and reference agree" in out
 
 
 def test_rewards_and_figure(models, tmp_path, capsys, monkeypatch):

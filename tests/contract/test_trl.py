@@ -2,17 +2,19 @@
 What this package relies on in TRL. A failure names what moved, and the file of ours to adapt.
 """
 
+import functools
 import inspect
 
 import pytest
 import torch
 import trl
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_client import VLLMClient
 
 from trl_gopd.gopd import _trl
 from trl_gopd.gopd.config import GOPDConfig
-from trl_gopd.gopd.served import ServedScorer
+from trl_gopd.gopd.frozen.served import ServedScorer
 
 
 WHERE = f"moved in TRL {trl.__version__}; adapt trl_gopd/gopd/"
@@ -23,17 +25,19 @@ WHERE = f"moved in TRL {trl.__version__}; adapt trl_gopd/gopd/"
     [
         ("_generate_and_score_completions", ["self", "inputs"], "trainer.py"),
         ("_compute_loss", ["self", "model", "inputs"], "trainer.py"),
-        (
-            "_get_per_token_logps_and_entropies",
-            ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"],
-            "trainer.py",
-        ),
         ("log", ["self", "logs", "start_time"], "trainer.py"),
     ],
 )
 def test_signatures(method, parameters, file):
     got = list(inspect.signature(getattr(GRPOTrainer, method)).parameters)
     assert got[: len(parameters)] == parameters, f"GRPOTrainer.{method} {WHERE}{file}"
+
+
+def test_log_probabilities_are_asked_for_as_we_do():
+    """Four arguments by position, which 1.14 does not name, and the rest by keyword."""
+    signature = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies)
+    bound = signature.bind("self", "model", "input_ids", "attention_mask", "logits_to_keep", batch_size=4)
+    assert bound.arguments["batch_size"] == 4, f"`batch_size` {WHERE}trainer.py (`_student_logps`)"
 
 
 def test_constructor_takes_our_keywords():
@@ -80,6 +84,16 @@ class Probe(GRPOTrainer):
         return results
 
 
+def null_reward(completions, **kwargs):
+    return [0.0] * len(completions)
+
+
+def load_model(models, eos_token_id):
+    model = AutoModelForCausalLM.from_pretrained(models / "student")
+    model.generation_config.eos_token_id = eos_token_id
+    return model
+
+
 @pytest.fixture
 def probe(models, tmp_path, prompts, tokenizer):
     args = GRPOConfig(
@@ -97,7 +111,7 @@ def probe(models, tmp_path, prompts, tokenizer):
     )
     probe = Probe(
         model=str(models / "student"),
-        reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
+        reward_funcs=null_reward,
         args=args,
         train_dataset=prompts,
         processing_class=tokenizer,
@@ -116,6 +130,34 @@ def test_advantages_are_read_after_the_log_probabilities(probe):
 def test_arity_and_arguments(probe):
     assert probe.arity == 3, f"returns of `_get_per_token_logps_and_entropies` {WHERE}trainer.py"
     assert probe.positional == 4, f"positional arguments in `_compute_loss` {WHERE}trainer.py (`_full`)"
+
+
+def test_log_probabilities_in_parts_are_those_of_the_model(probe):
+    inputs = probe.inputs
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    seen = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    num_tokens, mask = inputs["completion_ids"].size(1), inputs["completion_mask"].bool()
+    ask = functools.partial(GRPOTrainer._get_per_token_logps_and_entropies, probe, probe.model)
+    with torch.no_grad():
+        got, *_ = ask(ids, seen, num_tokens, batch_size=1)
+        outputs = [probe.model(input_ids=i[None], attention_mask=m[None]) for i, m in zip(ids, seen, strict=True)]
+    logits = torch.cat([output.logits for output in outputs])[:, -num_tokens - 1 : -1]
+    want = logits.log_softmax(-1).gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
+    # A sum over the vocabulary in another order: one rounding a term.
+    tolerance = logits.size(-1) * torch.finfo(torch.float32).eps * logits.abs().max().item()
+    assert (got - want)[mask].abs().max() < tolerance, f"what `_get_per_token_logps_and_entropies` returns {WHERE}"
+
+
+@pytest.mark.parametrize("declared", [None, [2], [2, 7]])
+def test_ids_that_end_a_completion(declared, models, tmp_path, prompts, tokenizer):
+    """The same for us as for TRL's generation, whatever the model declares."""
+    model = load_model(models, declared)
+    args = GRPOConfig(str(tmp_path), num_generations=2, use_cpu=True, bf16=False, report_to="none")
+    probe = GRPOTrainer(model, null_reward, args=args, train_dataset=prompts, processing_class=tokenizer)
+    theirs = probe.generation_config.eos_token_id
+    want = {theirs} if isinstance(theirs, int) else set(theirs)
+    assert set(_trl.eos_token_ids(probe)) == want, f"`eos_token_ids` {WHERE}_trl.py"
+    assert tokenizer.eos_token_id in want
 
 
 def test_keys_of_a_generation_batch(probe):

@@ -6,7 +6,7 @@ shrinkage and clip have the limits that they should; and a shift of the norm is 
 import pytest
 import torch
 
-from trl_gopd.d2quant.correction import CLIP, Deviation, mean_shift
+from trl_gopd.d2quant.correction import Deviation, mean_shift
 
 
 @pytest.fixture
@@ -47,6 +47,14 @@ class TestDeviation:
         torch.testing.assert_close(pooled.total, whole.total)
         torch.testing.assert_close(pooled.squares, whole.squares)
 
+    def test_one_token(self):
+        deviation = Deviation.of(torch.tensor([[3.0, -2.0]]), torch.tensor([[1.0, 2.0]]))
+        assert deviation.mean.tolist() == [2.0, -4.0]
+        assert deviation.explained.tolist() == [1.0, 1.0]
+
+    def test_energy_below_one_counts(self):
+        assert Deviation.of(torch.tensor([[1e-3], [0.0]]), torch.zeros(2, 1)).explained.item() == pytest.approx(0.5)
+
     def test_low_precision_is_summed_in_double(self):
         full, quantized = torch.ones(5000, 1, dtype=torch.bfloat16), torch.zeros(5000, 1, dtype=torch.bfloat16)
         assert Deviation.of(full, quantized).total.item() == 5000
@@ -83,14 +91,17 @@ class TestMeanShift:
             return Deviation(total, torch.tensor([(mean**2 + variance) * tokens]).double(), tokens)
 
         assert mean_shift(of(0.5, 0.0, 1), shrink=True) == 0.5  # a constant is known from one token
+        assert mean_shift(of(0.5, 0.05, 1), shrink=True).item() == pytest.approx(0.4)  # 0.5·(1 − 0.05/0.5²)
+        assert mean_shift(of(0.5, 0.05, 2), shrink=True).item() == pytest.approx(0.45)
         assert mean_shift(of(0.5, 1.0, 10**9), shrink=True).item() == pytest.approx(0.5, rel=1e-8)
         assert mean_shift(of(0.5, 1.0, 4), shrink=True) == 0  # as uncertain as it is large
         assert mean_shift(of(0.1, 1.0, 4), shrink=True) == 0  # and more so
         assert mean_shift(of(0.0, 1.0, 4), shrink=True) == 0
 
     def test_is_clipped(self):
-        full = torch.tensor([[-1e3, 5.0, 1e3]])
-        assert mean_shift(Deviation.of(full, torch.zeros(1, 3))).tolist() == [-CLIP, 5.0, CLIP]
+        full = torch.tensor([[-1e3, -10.5, -9.5, 9.5, 10.5, 1e3]])
+        shift = mean_shift(Deviation.of(full, torch.zeros(1, 6)))
+        assert shift.tolist() == [-10.0, -10.0, -9.5, 9.5, 10.0, 10.0]
 
     def test_is_a_bias_of_the_linears_that_read_it(self, outputs, generator):
         full, quantized = outputs

@@ -38,6 +38,7 @@ from trl_gopd.d2quant import hf_quantizer, pipeline
 from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.hf_quantizer import mark_quantized, save_quantized
 from trl_gopd.d2quant.linear import D2QuantLinear
+from trl_gopd.d2quant.quantize import quantize_model
 from trl_gopd.d2quant.rounding import round_weight
 
 
@@ -308,7 +309,7 @@ class TestOnTheFly:
             calls.append((model.is_quantized, hasattr(model.config, "quantization_config"), tokenizer, config))
             stand_in(model, tokenizer, config)
 
-        monkeypatch.setattr(pipeline, "quantize_model", quantize)
+        monkeypatch.setattr(pipeline, "quantize_blocks", quantize)
         return calls
 
     def test_pipeline_gets_a_model_in_full_precision(self, calls, models, config, saved):
@@ -350,7 +351,7 @@ class TestOnTheFly:
             2, 16, down_grid="bitplane", column_scale=True, mean_shift=True, num_samples=2, seq_length=32
         )
         model = AutoModelForCausalLM.from_pretrained(models / "student")
-        pipeline.quantize_model(model, models / "student", config)
+        quantize_model(model, models / "student", config)
         loaded = AutoModelForCausalLM.from_pretrained(models / "student", quantization_config=config)
         assert_same(loaded, model)
         assert loaded.config.quantization_config == model.config.quantization_config

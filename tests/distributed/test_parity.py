@@ -39,7 +39,7 @@ class ScriptedTrainer(GOPDTrainer):
     def _compute_loss(self, model, inputs):
         ids = inputs["completion_ids"]
         self.seen = [*getattr(self, "seen", []), (ids.size(1), int(inputs["completion_mask"].sum()))]
-        self.small_rows = [*getattr(self, "small_rows", []), int(inputs["teacher_index"].sum())]
+        self.small_rows = [*getattr(self, "small_rows", []), int(inputs["gopd_teacher_index"].sum())]
         return super()._compute_loss(model, inputs)
 
 

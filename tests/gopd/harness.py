@@ -4,6 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import scripted_completions
+from trl_gopd.gopd.batch import Sequences
 from trl_gopd.gopd.trainer import GOPDTrainer
 
 
@@ -18,7 +19,13 @@ TRAINER_ARGUMENTS = (
     "train_dataset",
     "teacher_prompt",
     "teacher_processing_class",
+    "environment_factory",
 )
+
+
+def read(input_ids, attention_mask, completion_ids):
+    """Sequences of which every token of the completions is scored."""
+    return Sequences.of(input_ids, attention_mask, completion_ids.size(1))
 
 
 class ScriptedTrainer(GOPDTrainer):

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,11 +22,12 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.gopd.harness import read
 from tests.tiny import build_model
-from trl_gopd.gopd import cache as room
-from trl_gopd.gopd.cache import CachedScorer, LogprobCache, precompute, row_key
-from trl_gopd.gopd.routing import Panel
-from trl_gopd.gopd.teachers import Frozen
+from trl_gopd.gopd.frozen import cached as room
+from trl_gopd.gopd.frozen.cached import CachedScorer, LogprobCache, precompute, row_key
+from trl_gopd.gopd.frozen.local import LocalScorer
+from trl_gopd.gopd.frozen.routed import RoutedScorer
 
 
 MODEL = {"name": "org/teacher", "revision": "abc", "weights": "0123abcd"}
@@ -43,18 +43,16 @@ class Fake:
 
     context = 64
 
-    def __init__(self, identity=MODEL, is_sharded=False, gather=None):
+    def __init__(self, identity=MODEL, is_sharded=False):
         self.is_sharded, self._identity, self.calls = is_sharded, identity, []
-        self.accelerator = SimpleNamespace(gather=gather)
 
     def identity(self):
         return self._identity
 
-    def score(self, input_ids, attention_mask, completion_ids):
-        self.calls.append((input_ids, attention_mask))
-        assert torch.equal(input_ids[:, input_ids.size(1) - completion_ids.size(1) :], completion_ids)
-        sums = ((input_ids + 1) * attention_mask).cumsum(1)[:, -completion_ids.size(1) :]
-        return -torch.sin(sums.float()).abs().masked_fill(attention_mask[:, -completion_ids.size(1) :] == 0, torch.nan)
+    def score(self, sequences):
+        self.calls.append((sequences.input_ids, sequences.attention_mask))
+        sums = ((sequences.input_ids + 1) * sequences.attention_mask).cumsum(1)[:, -sequences.num_tokens :]
+        return -torch.sin(sums.float()).abs().masked_fill(~sequences.scored, torch.nan)
 
     @property
     def num_rows(self):
@@ -80,7 +78,7 @@ def tokens(logps, pairs):
 
 
 def expected(pairs):
-    return [tokens(Fake().score(*batch([pair])), [pair])[0] for pair in pairs]
+    return [tokens(Fake().score(read(*batch([pair]))), [pair])[0] for pair in pairs]
 
 
 @pytest.fixture
@@ -231,7 +229,7 @@ class TestFile:
         assert path.read_bytes() == content
 
     def test_damaged(self, cached, path):
-        cached.score(*batch([([1], [2] * 5000)]))
+        cached.score(read(*batch([([1], [2] * 5000)])))
         content = bytearray(path.read_bytes())
         content[4096:] = b"\xff" * (len(content) - 4096)
         path.write_bytes(content)
@@ -267,9 +265,9 @@ class TestFile:
     @pytest.mark.parametrize("permissions", [0o444, 0o666])
     def test_write_protected_is_read_only(self, cached, path, permissions):
         pair = ([1, 2], [3, 4])
-        want = cached.score(*batch([pair]))
+        want = cached.score(read(*batch([pair])))
         with write_protected(path, permissions) as copied:
-            assert torch.equal(CachedScorer(None, copied, temperature=1.0).score(*batch([pair])), want)
+            assert torch.equal(CachedScorer(None, copied, temperature=1.0).score(read(*batch([pair]))), want)
             with pytest.raises(OSError, match="readonly database. It must be writable .* open it without a model"):
                 CachedScorer(Fake(), copied, temperature=1.0)
 
@@ -283,15 +281,15 @@ class TestFile:
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
             connection.execute("BEGIN EXCLUSIVE")
             with pytest.raises(OSError, match="is locked. Another process has locked it"):
-                cached.score(*batch([([1], [2])]))
-        assert cached.score(*batch([([1], [2])])).shape == (1, 1)
+                cached.score(read(*batch([([1], [2])])))
+        assert cached.score(read(*batch([([1], [2])]))).shape == (1, 1)
 
 
 def run(code, path):
     """Starts a process that runs `code`, which finds a cache at `path`."""
     start = f"""
 import os, signal, torch
-from trl_gopd.gopd.cache import LogprobCache
+from trl_gopd.gopd.frozen.cached import LogprobCache
 cache = LogprobCache({str(path)!r}, temperature=1.0, identity={MODEL!r})
 """
     return subprocess.Popen([sys.executable, "-c", start + code])
@@ -334,10 +332,10 @@ for number in range(20):
         assert {key: row.tolist() for key, row in cache.read([b"a", bytes([0, 0])]).items()} == {b"a": [-2.0] * 5}
 
     def test_killed_writer_does_not_stop_the_others(self, cached, path):
-        cached.score(*batch([([1], [2])]))
+        cached.score(read(*batch([([1], [2])])))
         kill_writer(path)
         pairs = [([1], [2]), ([1], [3])]
-        assert tokens(cached.score(*batch(pairs)), pairs) == expected(pairs)
+        assert tokens(cached.score(read(*batch(pairs))), pairs) == expected(pairs)
         assert (cached.hits, cached.misses) == (1, 2)
 
 
@@ -347,21 +345,21 @@ class TestCachedScorer:
     def test_rows_are_known_however_they_are_padded_and_batched(self, new_path, first, second, padding, other):
         path = new_path()
         cached = CachedScorer(Fake(), path, temperature=1.0)
-        assert tokens(cached.score(*batch(first, *padding)), first) == expected(first)
+        assert tokens(cached.score(read(*batch(first, *padding))), first) == expected(first)
         again = [*reversed(second), *first]
-        assert tokens(cached.score(*batch(again, *other, pad_id=3)), again) == expected(again)
+        assert tokens(cached.score(read(*batch(again, *other, pad_id=3))), again) == expected(again)
         distinct = {(tuple(p), tuple(c)) for p, c in [*first, *second]}
         assert cached.wrapped.num_rows == cached.misses == len(cached.cache) == len(distinct)
         assert cached.hits == 2 * len(first) + len(second) - len(distinct)
         offline = CachedScorer(None, path, temperature=1.0)
-        assert tokens(offline.score(*batch(again)), again) == expected(again)
+        assert tokens(offline.score(read(*batch(again))), again) == expected(again)
 
     def test_model_sees_missing_rows_with_their_padding(self, cached):
         pairs = [([1, 2], [3]), ([4], [5, 1, 2]), ([1], [2, 3]), ([4], [5, 1, 2])]
-        cached.score(*batch(pairs[:1]))
+        cached.score(read(*batch(pairs[:1])))
         cached.wrapped.calls.clear()
         arguments = batch(pairs, left=2, right=1)
-        result = cached.score(*arguments)
+        result = cached.score(read(*arguments))
         ((input_ids, mask),) = cached.wrapped.calls
         assert sorted(input_ids.tolist()) == sorted(arguments[0][[1, 2]].tolist())
         assert sorted(mask.tolist()) == sorted(arguments[1][[1, 2]].tolist())
@@ -371,31 +369,34 @@ class TestCachedScorer:
     def test_padding_is_zero_on_hits_and_misses(self, cached):
         pairs = [([1, 2], [3]), ([4], [5, 1, 2])]
         ids, mask, completion_ids = batch(pairs, right=2)
-        results = [cached.score(ids, mask, completion_ids) for _ in range(2)]
+        results = [cached.score(read(ids, mask, completion_ids)) for _ in range(2)]
         assert torch.equal(*results) and results[0].dtype == torch.float32
         assert torch.equal(results[0] != 0, mask[:, 2:].bool())
 
     def test_rows_without_tokens_are_never_missing(self, cached, path):
         """GRPO masks all of a truncated completion, if it is told to."""
-        cached.score(*batch([([1], [2])]))
+        cached.score(read(*batch([([1], [2])])))
         ids, mask, completion_ids = batch([([1], [2]), ([1, 2], [3, 4])])
         mask[1, 2:] = 0
         offline = CachedScorer(None, path, temperature=1.0)
-        assert offline.score(ids, mask, completion_ids).tolist() == [[*expected([([1], [2])])[0], 0.0], [0.0, 0.0]]
+        assert offline.score(read(ids, mask, completion_ids)).tolist() == [
+            [*expected([([1], [2])])[0], 0.0],
+            [0.0, 0.0],
+        ]
         assert (offline.hits, offline.misses) == (1, 0)
 
     @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
     def test_nothing_to_score(self, cached, shape):
         ids = torch.ones(shape[0], shape[1] + 2, dtype=torch.long)
-        assert cached.score(ids, ids, ids[:, 2:]).shape == shape
+        assert cached.score(read(ids, ids, ids[:, 2:])).shape == shape
         assert cached.wrapped.calls == [] and (cached.hits, cached.misses) == (0, 0)
 
     def test_without_a_model_a_miss_is_an_error(self, cached, path):
-        cached.score(*batch([([1], [2])]))
+        cached.score(read(*batch([([1], [2])])))
         offline = CachedScorer(None, path, temperature=1.0)
         assert (offline.identity(), offline.is_sharded, offline.context) == (MODEL, False, None)
         with pytest.raises(ValueError, match="2 of 3 rows are not among the 1 in .* Score them first .* or pass the"):
-            offline.score(*batch([([1], [2]), ([1], [3]), ([2], [3])]))
+            offline.score(read(*batch([([1], [2]), ([1], [3]), ([2], [3])])))
 
     def test_stands_for_its_model(self, cached):
         assert (cached.identity(), cached.is_sharded, cached.context) == (MODEL, False, 64)
@@ -409,13 +410,13 @@ class TestCachedScorer:
         ids = torch.arange(10).view(2, 5)
         mask = torch.tensor([[1] * 5, seen])
         with pytest.raises(ValueError, match=r"Rows \[1\] of `attention_mask` have a gap.* padded left"):
-            cached.score(ids, mask, ids[:, 3:])
+            cached.score(read(ids, mask, ids[:, 3:]))
         assert cached.wrapped.calls == [] and len(cached.cache) == 0
 
     def test_what_is_nan_is_not_kept(self, cached, monkeypatch):
-        monkeypatch.setattr(cached.wrapped, "score", lambda ids, mask, completion_ids: completion_ids * torch.nan)
+        monkeypatch.setattr(cached.wrapped, "score", lambda sequences: sequences.completion_ids * torch.nan)
         with pytest.raises(ValueError, match="1 of 1 rows"):
-            cached.score(*batch([([1], [2])]))
+            cached.score(read(*batch([([1], [2])])))
         assert len(cached.cache) == 0
 
 
@@ -424,33 +425,38 @@ class TestSharded:
 
     PAIRS = [([1], [2]), ([1], [3])]
 
-    def scorer(self, path, others):
+    @pytest.fixture
+    def scorer(self, monkeypatch):
+        return lambda path, others: self.build(monkeypatch, path, others)
+
+    def build(self, monkeypatch, path, others):
         asked = []
 
         def gather(count):  # of this rank and another one
             asked.append(count.tolist())
             return torch.cat([count, torch.tensor([others])])
 
-        return CachedScorer(Fake(is_sharded=True, gather=gather), path, temperature=1.0), asked
+        monkeypatch.setattr(room, "gather", gather)
+        return CachedScorer(Fake(is_sharded=True), path, temperature=1.0), asked
 
     @pytest.mark.parametrize(
         ("stored", "others", "called"), [(2, 0, 0), (2, 1, 2), (1, 0, 2), (1, 1, 2), (0, 0, 2), (0, 2, 2)]
     )
-    def test_in_step(self, path, stored, others, called):
+    def test_in_step(self, scorer, path, stored, others, called):
         if stored:
-            CachedScorer(Fake(), path, temperature=1.0).score(*batch(self.PAIRS[:stored]))
-        cached, asked = self.scorer(path, others)
+            CachedScorer(Fake(), path, temperature=1.0).score(read(*batch(self.PAIRS[:stored])))
+        cached, asked = scorer(path, others)
         arguments = batch(self.PAIRS, left=1)
-        assert tokens(cached.score(*arguments), self.PAIRS) == expected(self.PAIRS)
+        assert tokens(cached.score(read(*arguments)), self.PAIRS) == expected(self.PAIRS)
         assert asked == [[2 - stored]]
         assert [call[0].tolist() for call in cached.wrapped.calls] == ([arguments[0].tolist()] if called else [])
         assert (cached.hits, cached.misses, len(cached.cache)) == (stored, 2 - stored, 2)
 
-    def test_asks_the_others_even_with_nothing_to_score(self, path):
-        cached, asked = self.scorer(path, others=1)
+    def test_asks_the_others_even_with_nothing_to_score(self, scorer, path):
+        cached, asked = scorer(path, others=1)
         ids = torch.ones(2, 3, dtype=torch.long)
         mask = torch.tensor([[1, 1, 0]] * 2)
-        assert cached.score(ids, mask, ids[:, 2:]).tolist() == [[0.0]] * 2
+        assert cached.score(read(ids, mask, ids[:, 2:])).tolist() == [[0.0]] * 2
         assert asked == [[0]] and cached.wrapped.num_rows == 2
 
 
@@ -465,7 +471,7 @@ class TestPrecompute:
     def test_all_are_stored(self, path, kind, batch_size):
         assert precompute(Fake(), path, kind(self.rollouts()), temperature=0.7, batch_size=batch_size) == 4
         offline = CachedScorer(None, path, temperature=0.7)
-        assert tokens(offline.score(*batch(self.PAIRS)), self.PAIRS) == expected(self.PAIRS)
+        assert tokens(offline.score(read(*batch(self.PAIRS))), self.PAIRS) == expected(self.PAIRS)
 
     def test_goes_on_where_it_was_interrupted(self, path):
         class Interrupted(Fake):
@@ -512,7 +518,7 @@ class TestRealModel:
         def build(seed):
             model = build_model(tokenizer, seed=seed)
             options = {"accelerator": accelerator, "batch_size": 2, "chunk_size": 3}
-            return Frozen(model, temperature=0.7, role="teacher_model", **options)
+            return LocalScorer(model, temperature=0.7, role="teacher_model", **options)
 
         return build
 
@@ -520,17 +526,19 @@ class TestRealModel:
         """Exactly, when the batch is the same; up to rounding, when it was padded otherwise."""
         teacher = frozen(1)
         ids, mask, completion_ids = batch(self.PAIRS, pad_id=0)
-        want = teacher.score(ids, mask, completion_ids)
+        want = teacher.score(read(ids, mask, completion_ids))
         cached = CachedScorer(teacher, path, temperature=0.7)
         for _ in range(2):
-            assert tokens(cached.score(ids, mask, completion_ids), self.PAIRS) == tokens(want, self.PAIRS)
+            assert tokens(cached.score(read(ids, mask, completion_ids)), self.PAIRS) == tokens(want, self.PAIRS)
         assert (cached.hits, cached.misses) == (3, 3)
         offline = CachedScorer(None, path, temperature=0.7)
         padded = batch(self.PAIRS, left=3, right=2, pad_id=0)
         # rotary positions move with the padding; two layers, each with products and sums over at most 64 numbers
         bound = 2 * 64 * EPS * want.abs().max()
         for got, exact in zip(
-            tokens(offline.score(*padded), self.PAIRS), tokens(teacher.score(*padded), self.PAIRS), strict=True
+            tokens(offline.score(read(*padded)), self.PAIRS),
+            tokens(teacher.score(read(*padded)), self.PAIRS),
+            strict=True,
         ):
             assert torch.tensor(got).sub(torch.tensor(exact)).abs().max() < bound
 
@@ -539,10 +547,10 @@ class TestRealModel:
         owners = torch.tensor([1, 0, 1])
         arguments = batch(self.PAIRS, pad_id=0)
         mask = arguments[1][:, 3:].bool()
-        want = Panel(teachers, accelerator).score(owners, *arguments)
+        want = RoutedScorer(teachers, accelerator).score(owners, read(*arguments))
         cached = [CachedScorer(each, tmp_path / f"{i}.sqlite3", temperature=0.7) for i, each in enumerate(teachers)]
         for scorers in (cached, [CachedScorer(None, each.cache.path, temperature=0.7) for each in cached]):
-            got = Panel(scorers, accelerator).score(owners, *arguments)
+            got = RoutedScorer(scorers, accelerator).score(owners, read(*arguments))
             assert torch.equal(got[mask], want[mask])
             assert [each.hits + each.misses for each in scorers] == [1, 2]
 

@@ -19,6 +19,7 @@ from tests.gopd.harness import (
     sampled_logps,
 )
 from tests.tiny import LORA
+from trl_gopd.gopd.schedules import LambdaSchedule
 
 
 class Repeating(Recording):
@@ -112,12 +113,21 @@ class TestCredit:
         with pytest.raises(ValueError, match="used for one step with `gopd_estimator='full'` and `gopd_discount=0.5`"):
             make(gopd_discount=0.5, gopd_estimator="full", num_iterations=2)
 
-    def test_skipped_tokens(self, make, models):
-        trainer = make(num_loss_tokens_to_skip=2, gopd_lambda=1.0)
+    @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+    def test_skipped_tokens(self, make, models, loss_type):
+        """They are not counted either: the loss is the negated mean of what is logged as the mean advantage."""
+        trainer = make(num_loss_tokens_to_skip=2, gopd_lambda=1.0, loss_type=loss_type)
         trainer.train()
         s, t, _ = sampled_logps(models, trainer.seen)
-        later = torch.arange(s.size(1)) >= 2
-        assert_policy_gradient(trainer, models, (t - s) * later)
+        mask = trainer.seen["completion_mask"]
+        later = (torch.arange(s.size(1)) >= 2) * mask
+        counts = later.sum(1, keepdim=True).clamp(min=1) if loss_type == "grpo" else later.sum() / len(later)
+        # `assert_policy_gradient` divides by the tokens of each whole row
+        credit = (t - s) * later * mask.sum(1, keepdim=True) / counts
+        assert_policy_gradient(trainer, models, credit)
+        if loss_type == "dapo":
+            log = trainer.state.log_history[0]
+            assert log["loss"] == pytest.approx(-log["gopd/advantage_mean"], rel=1e-5)
 
 
 class TestSchedule:
@@ -142,8 +152,13 @@ class TestSchedule:
         }
         trainer = make(per_device_train_batch_size=8, **options)
         batches = []
-        observe = trainer._observe
-        trainer._observe = lambda inputs, *args, **kwargs: (batches.append(inputs), observe(inputs, *args, **kwargs))
+        observe = trainer._observer.micro_batch
+
+        def observing(estimate, batch, **kwargs):
+            batches.append(vars(batch))
+            return observe(estimate, batch, **kwargs)
+
+        trainer._observer.micro_batch = observing
         trainer.train()
         s, t, r = sampled_logps(models, batches[0], reference="base")
         mask = batches[0]["completion_mask"].bool()
@@ -162,6 +177,22 @@ class TestSchedule:
         assert logged(trainer, "completions/repetition") == [pytest.approx(4 / 6)] * 3
         assert logged(trainer, "gopd/lambda") == [1.125, 1.0625, 1.03125]
         assert "repetition 0.667 > 0.5" in caplog.text
+
+    def test_masked_completions_keep_their_length(self, make):
+        """A limit below all lengths but one truncates them; masked out or not, back-off sees the same completions."""
+        options = {"gopd_back_off": {"max_truncated_share": 0.5}, "max_steps": 2}
+
+        class Cut(Recording):
+            def _generate_single_turn(self, *args, **kwargs):
+                completions, extra = super()._generate_single_turn(*args, **kwargs)
+                return [ids[:-1] if len(ids) > 3 else ids for ids in completions], extra
+
+        plain, masked = (make(Cut, mask_truncated_completions=value, **options) for value in (False, True))
+        plain.train()
+        masked.train()
+        assert logged(masked, "completions/p95_length") == logged(plain, "completions/p95_length")
+        assert min(logged(plain, "completions/p95_length")) > 3
+        assert masked._schedule.state_dict() == plain._schedule.state_dict() != LambdaSchedule().state_dict()
 
     def test_evaluation_does_not_move_it(self, make, prompts):
         trainer = make(Repeating, gopd_back_off='{"max_repetition": 0.5}', eval_dataset=prompts)

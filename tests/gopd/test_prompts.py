@@ -3,12 +3,18 @@ A teacher that reads another prompt than the student scores the same completion,
 those of each row alone, without padding.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from tests.gopd.harness import load, log_probs
-from trl_gopd.gopd.trainer import _read_by_teacher
+from tests.gopd.test_contexts import Model, batch_of
+from trl_gopd.gopd._trl import tools_of_rows
+from trl_gopd.gopd.batch import Batch
+from trl_gopd.gopd.contexts import Contexts
+from trl_gopd.gopd.prompts import TeacherPrompts
 
 
 def solved(row):
@@ -18,7 +24,11 @@ def solved(row):
 
 
 def seen_by_teacher(inputs):
-    return {**inputs, "prompt_ids": inputs["teacher_prompt_ids"], "prompt_mask": inputs["teacher_prompt_mask"]}
+    return {
+        **inputs,
+        "prompt_ids": inputs["gopd_teacher_prompt_ids"],
+        "prompt_mask": inputs["gopd_teacher_prompt_mask"],
+    }
 
 
 def picked(model, inputs):
@@ -26,7 +36,7 @@ def picked(model, inputs):
 
 
 def decoded(tokenizer, inputs):
-    rows = zip(inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"], strict=True)
+    rows = zip(inputs["gopd_teacher_prompt_ids"], inputs["gopd_teacher_prompt_mask"], strict=True)
     return [tokenizer.decode(ids[mask.bool()]) for ids, mask in rows]
 
 
@@ -44,15 +54,15 @@ class TestAlignment:
         trainer = make(ref_model=str(models / "base"), per_device_train_batch_size=8, **padding, **options)
         trainer.train()
         seen = trainer.seen
-        assert len(set(seen["teacher_prompt_mask"].sum(1).tolist())) > 2
+        assert len(set(seen["gopd_teacher_prompt_mask"].sum(1).tolist())) > 2
         assert all("The solution is" in text for text in decoded(tokenizer, seen))
         mask = seen["completion_mask"].bool()
         with torch.no_grad():
             teacher = picked(load(models / "teacher"), seen_by_teacher(seen))
             reference = picked(load(models / "base"), seen)
             without = picked(load(models / "teacher"), seen)
-        torch.testing.assert_close(seen["teacher_logps"][mask], teacher[mask], rtol=0, atol=1e-5)
-        torch.testing.assert_close(seen["reference_logps"][mask], reference[mask], rtol=0, atol=1e-5)
+        torch.testing.assert_close(seen["gopd_teacher_logps"][mask], teacher[mask], rtol=0, atol=1e-5)
+        torch.testing.assert_close(seen["gopd_reference_logps"][mask], reference[mask], rtol=0, atol=1e-5)
         assert (without[mask] - teacher[mask]).abs().max() > 0.05  # the prompt matters
 
     def test_full_estimator_has_the_expected_gradient_of_the_sampled_one(self, make, models, options):
@@ -81,7 +91,7 @@ class TestAlignment:
         with torch.no_grad():
             teacher = load(models / "teacher")
             want = picked(teacher, seen_by_teacher(seen)) - picked(teacher, seen)
-        got = seen["teacher_logps"] - seen["reference_logps"]
+        got = seen["gopd_teacher_logps"] - seen["gopd_reference_logps"]
         torch.testing.assert_close(got[mask], want[mask], rtol=0, atol=2e-5)
 
     def test_only_some_rows(self, make, models, prompts, tokenizer):
@@ -93,7 +103,7 @@ class TestAlignment:
         mask = trainer.seen["completion_mask"].bool()
         with torch.no_grad():
             want = picked(load(models / "teacher"), seen_by_teacher(trainer.seen))
-        torch.testing.assert_close(trainer.seen["teacher_logps"][mask], want[mask], rtol=0, atol=1e-5)
+        torch.testing.assert_close(trainer.seen["gopd_teacher_logps"][mask], want[mask], rtol=0, atol=1e-5)
 
     def test_reuse_and_accumulation(self, make):
         options = {"teacher_prompt": solved, "gopd_lambda": 1.0}
@@ -104,21 +114,24 @@ class TestAlignment:
         for name, gradient in whole.grads.items():
             torch.testing.assert_close(parts.grads[name], gradient, rtol=1e-4, atol=1e-6)
 
-    def test_answers_of_tools_are_seen_and_not_trained_on(self, make):
+    def test_answers_of_tools_are_seen_and_not_trained_on(self):
         completion_mask, tool_mask = torch.tensor([[1, 1, 1, 0]]), torch.tensor([[1, 0, 1, 1]])
-        batch = {
+        inputs = {
             "prompt_ids": torch.tensor([[5]]),
             "prompt_mask": torch.tensor([[1]]),
             "completion_ids": torch.tensor([[6, 7, 8, 0]]),
             "completion_mask": completion_mask,
             "tool_mask": tool_mask,
-            "teacher_prompt_ids": torch.tensor([[0, 3, 4]]),
-            "teacher_prompt_mask": torch.tensor([[0, 1, 1]]),
+            "gopd_teacher_prompt_ids": torch.tensor([[0, 3, 4]]),
+            "gopd_teacher_prompt_mask": torch.tensor([[0, 1, 1]]),
+            **dict.fromkeys(("advantages", "gopd_teacher_index", "gopd_lambda", "gopd_row"), torch.zeros(1)),
         }
-        ids, seen = _read_by_teacher(batch)
-        assert ids.tolist() == [[0, 3, 4, 6, 7, 8, 0]] and seen.tolist() == [[0, 1, 1, 1, 1, 1, 0]]
-        assert make()._loss_mask(batch).tolist() == [[1, 0, 1, 0]]
-        assert make(num_loss_tokens_to_skip=1)._loss_mask(batch).tolist() == [[0, 0, 1, 0]]
+        batch = Batch.from_trl(inputs)
+        read = batch.read_by_teacher
+        assert read.input_ids.tolist() == [[0, 3, 4, 6, 7, 8, 0]]
+        assert read.attention_mask.tolist() == [[0, 1, 1, 1, 1, 1, 0]]
+        assert read.scored.tolist() == [[True, False, True, False]]
+        assert batch.loss_mask.tolist() == [[1, 0, 1, 0]]
 
 
 class TestRendering:
@@ -156,10 +169,71 @@ class TestRendering:
         trainer.train()
         assert all(t.startswith("[user] What is") for t in decoded(tokenizer, trainer.seen))
 
+    def test_options_of_the_student(self, make, prompts, tokenizer):
+        """As for Qwen3 without thinking, where the template of a teacher would otherwise ask for thoughts."""
+        other = self.other_template(tokenizer)
+        other.chat_template += "{% if enable_thinking is false %}<think></think>{% endif %}"
+        trainer = make(
+            train_dataset=self.chat(prompts),
+            teacher_processing_class=other,
+            chat_template_kwargs={"enable_thinking": False},
+        )
+        trainer.train()
+        assert all(t.endswith("[say] <think></think>") for t in decoded(tokenizer, trainer.seen))
+
+    def test_tools_and_templates_of_rows(self, tokenizer):
+        """Each row's tools, and what its environment added to its prompt; a template that stands in for one's own
+        stands in for the student's alone."""
+
+        def search(query: str):
+            """
+            Searches.
+
+            Args:
+                query: What for.
+            """
+
+        other = self.other_template(tokenizer)
+        other.chat_template = "own{% for t in tools or [] %} {{ t['function']['name'] }}{% endfor %}" + (
+            "{% for m in messages %} {{ m['content'] }}{% endfor %}{% if think is false %} no{% endif %}"
+        )
+        render = TeacherPrompts(
+            {"ours": lambda row: row["prompt"]},
+            {"theirs": other},
+            column="teacher_prompt",
+            tokenizer=tokenizer,
+            chat_template=other.chat_template.replace("own", "given"),
+            template_options={"think": False},
+            contexts=Contexts({"ours": Model(None), "theirs": Model(None)}, {}),
+        )
+        message = [{"role": "user", "content": "hi"}]
+        added = [{"role": "user", "content": "hi there"}]
+        rows = [{"prompt": message}] * 3
+        read = render(rows, batch_of([1, 1, 0]), prompts=[message, added, message], tools=[[search], [], [search]])
+        texts = [
+            tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(read.prompt_ids, read.prompt_mask, strict=True)
+        ]
+        assert texts == ["own search hi no", "own hi there no", "given search hi no"]
+
+    def test_tools_are_those_of_the_batch(self):
+        alone = SimpleNamespace(environment_factories=None, tools=["a"])
+        assert tools_of_rows(alone, 2) == [["a"], ["a"]]
+        several = SimpleNamespace(
+            environment_factories={"x": None, "y": None},
+            tools=["a", "b"],
+            _env_tools={"x": ["a"], "y": ["b"]},
+            _batch_environments=["y", "x"],
+        )
+        assert tools_of_rows(several, 2) == [["b"], ["a"]]
+
+    def test_prompt_without_tokens(self, make):
+        with pytest.raises(ValueError, match="teacher's prompt '' for the row with the prompt .* has no tokens"):
+            make(teacher_prompt=lambda row: "").train()
+
     def test_by_teacher(self, several, tokenizer, prompts):
         trainer = several(teacher_prompt={"code": solved}, per_device_train_batch_size=8)
         trainer.train()
-        for owner, text in zip(trainer.seen["teacher_index"], decoded(tokenizer, trainer.seen), strict=True):
+        for owner, text in zip(trainer.seen["gopd_teacher_index"], decoded(tokenizer, trainer.seen), strict=True):
             assert ("solution" in text) == bool(owner)
 
 
@@ -182,8 +256,9 @@ class TestOverlong:
         )
         trainer.train()
         seen = trainer.seen
-        assert 0 < (seen["is_readable"] == 0).sum() < 16
-        student, readable = load(models / "student"), seen["is_readable"].float()
+        readable = seen["tool_mask"].any(1).float()
+        assert 0 < (readable == 0).sum() < 16
+        student = load(models / "student")
         log_s, mask = log_probs(student, seen), seen["completion_mask"].float()
         with torch.no_grad():
             log_t = log_probs(load(models / "teacher"), seen)
@@ -209,7 +284,7 @@ class TestBadInput:
     def test_other_ids(self, make, tokenizer):
         from tests.tiny import build_tokenizer
 
-        with pytest.raises(ValueError, match="`teacher_processing_class` has other token ids"):
+        with pytest.raises(ValueError, match="`teacher_processing_class` has other token ids.*, 3 for example"):
             make(teacher_processing_class=build_tokenizer(("<|extra|>",)))
 
     def test_unknown_teacher(self, several):

@@ -21,8 +21,9 @@ from transformers import (
 )
 
 from tests.tiny import build_model
-from trl_gopd.gopd.scoring import FrozenModel, evaluation_mode, project, score
-from trl_gopd.gopd.teachers import Frozen, is_fresh_adapter
+from trl_gopd.gopd.batch import Sequences
+from trl_gopd.gopd.frozen.adapter import is_fresh_adapter
+from trl_gopd.gopd.frozen.local import FrozenModel, LocalScorer, evaluation_mode, project
 
 
 SMALL = {
@@ -66,6 +67,11 @@ def build(family):
     return model
 
 
+def scorer(model, **options):
+    options = {"temperature": 1.0, "role": "teacher_model", "batch_size": 2, "chunk_size": 256, **options}
+    return LocalScorer(model, accelerator=Accelerator(cpu=True), **options)
+
+
 def own_log_probs(model, ids, mask, temperature):
     logits = model(input_ids=ids, attention_mask=mask).logits[:, -6:-1].float() / temperature
     return logits.log_softmax(-1).gather(-1, ids[:, -5:].unsqueeze(-1)).squeeze(-1)
@@ -77,19 +83,14 @@ def own_log_probs(model, ids, mask, temperature):
 def test_equals_the_models_own_logits(family, temperature, chunk_size, batch):
     ids, mask = batch
     model = build(family)
-    inner = FrozenModel(model, temperature)
-    got = score(inner, inner, ids, mask, ids[:, -5:], batch_size=1, chunk_size=chunk_size)
+    teacher = scorer(model, temperature=temperature, batch_size=1, chunk_size=chunk_size)
+    got = teacher.score(Sequences.of(ids, mask, 5))
     with torch.no_grad():
         want = own_log_probs(model, ids, mask, temperature)
     seen = mask[:, -5:].bool()
     # a few dozen float32 roundings of logits below 64
     torch.testing.assert_close(got[seen], want[seen], rtol=0, atol=40 * torch.finfo(torch.float32).eps * 64)
-    assert not got.requires_grad and got.dtype == torch.float32
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_accepts_every_family(family):
-    Frozen(build(family), accelerator=Accelerator(cpu=True), temperature=0.7, batch_size=2, chunk_size=8, role="r")
+    assert not got.requires_grad and got.dtype == torch.float32 and got[~seen].eq(0).all()
 
 
 def test_refuses_a_head_it_cannot_reproduce():
@@ -103,28 +104,19 @@ def test_refuses_a_head_it_cannot_reproduce():
 
     model.forward = forward
     with pytest.raises(ValueError, match=r"logits of `teacher_model` \(CohereForCausalLM\).*Use another model family"):
-        Frozen(
-            model,
-            accelerator=Accelerator(cpu=True),
-            temperature=1.0,
-            batch_size=2,
-            chunk_size=8,
-            role="teacher_model",
-        )
+        scorer(model)
 
 
 def test_ids_the_model_lacks_score_minus_infinity(tokenizer, batch):
     ids, mask = batch
-    inner = FrozenModel(build("divided"))
     ids[1, 6] = 70
-    got = score(inner, inner, ids, mask, ids[:, -5:], batch_size=2)
+    got = scorer(build("divided")).score(Sequences.of(ids, mask, 5))
     assert got[1, 3] == -math.inf and got[1, :3].isfinite().all()
 
 
 def test_no_completion(batch):
     ids, mask = batch
-    inner = FrozenModel(build("divided"))
-    assert score(inner, inner, ids, mask, ids[:, 8:], batch_size=2).shape == (2, 0)
+    assert scorer(build("divided")).score(Sequences.of(ids, mask, 0)).shape == (2, 0)
 
 
 def test_freezes(tokenizer):

@@ -12,13 +12,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from tests.gopd.harness import assert_gradient, load, log_probs, logged
+from tests.gopd.harness import assert_gradient, load, log_probs, logged, read
 from tests.tiny import build_tokenizer
-from trl_gopd.gopd import served
-from trl_gopd.gopd.scoring import FrozenModel, score
-from trl_gopd.gopd.served import ServedScorer, is_url
-from trl_gopd.gopd.state import read_state
+from trl_gopd.gopd.frozen import served
+from trl_gopd.gopd.frozen.local import LocalScorer
+from trl_gopd.gopd.frozen.served import ServedScorer, is_url
+from trl_gopd.gopd.schedules import LambdaSchedule
+from trl_gopd.gopd.state import read_state, write_state
 
 
 CLOSE = 1e-5  # float32 log-probabilities of magnitude below 16, summed in another order by a padded forward
@@ -262,20 +264,28 @@ class TestTraining:
 
     def test_a_run_goes_on_at_another_address(self, tmp_path, server):
         models = {"teachers": {"": scorer(server).identity()}, "references": {}}
-        (tmp_path / "state.json").write_text(json.dumps(models))
+        write_state(tmp_path, models, LambdaSchedule())
         models["teachers"][""] |= {"url": "http://elsewhere:8000"}
-        assert read_state(tmp_path / "state.json", models)
+        read_state(tmp_path, models, LambdaSchedule())
         models["teachers"][""] |= {"name": "another model"}
         with pytest.raises(ValueError, match="another model"):
-            read_state(tmp_path / "state.json", models)
+            read_state(tmp_path, models, LambdaSchedule())
 
 
 class TestScore:
     @pytest.mark.parametrize("batch_size", [1, 2, 5])
     def test_equals_the_model(self, server, batch, batch_size):
         ids, seen, completion_ids = batch
-        got = scorer(server, batch_size=batch_size).score(*batch)
-        want = score(FrozenModel(server.model), FrozenModel(server.model), *batch, batch_size=5)
+        got = scorer(server, batch_size=batch_size).score(read(*batch))
+        local = LocalScorer(
+            server.model,
+            accelerator=Accelerator(cpu=True),
+            temperature=1.0,
+            role="teacher_model",
+            batch_size=5,
+            chunk_size=256,
+        )
+        want = local.score(read(*batch))
         is_scored = seen[:, 5:].bool()
         assert got.dtype == torch.float32 and got.shape == completion_ids.shape
         torch.testing.assert_close(got[is_scored], want[is_scored], rtol=0, atol=CLOSE)
@@ -286,15 +296,15 @@ class TestScore:
     def test_padding_is_never_sent(self, server, batch):
         ids, seen, completion_ids = batch
         teacher = scorer(server)
-        want = teacher.score(*batch)
+        want = teacher.score(read(*batch))
         hidden = ids.masked_fill(seen == 0, 100_000)
-        assert torch.equal(teacher.score(hidden, seen, hidden[:, 5:]), want)
+        assert torch.equal(teacher.score(read(hidden, seen, hidden[:, 5:])), want)
 
     @pytest.mark.parametrize("top_k", [1, 3, 40])
     def test_likeliest_ids_do_not_depend_on_the_sampled_one(self, server, batch, top_k):
         ids, seen, completion_ids = batch
-        logps, top_ids, top_logps = scorer(server, top_k=top_k).score_top(*batch)
-        torch.testing.assert_close(logps, scorer(server).score(*batch), rtol=0, atol=CLOSE)
+        logps, top_ids, top_logps = scorer(server, top_k=top_k).score_top(read(*batch))
+        torch.testing.assert_close(logps, scorer(server).score(read(*batch)), rtol=0, atol=CLOSE)
         assert top_ids.shape == top_logps.shape == (5, 7, top_k)
         is_scored = seen[:, 5:].bool()
         assert top_ids[~is_scored].eq(0).all() and top_logps[~is_scored].eq(0).all()
@@ -318,15 +328,17 @@ class TestScore:
 
         server.edit = two_ids
         with pytest.raises(RuntimeError, match="answered with 1 ids instead of 3"):
-            teacher.score_top(ids[:1], seen[:1], completion_ids[:1])
+            teacher.score_top(read(ids[:1], seen[:1], completion_ids[:1]))
 
     def test_nothing_to_score(self, server, batch):
         ids, seen, completion_ids = batch
         teacher = scorer(server)
-        assert all(part.eq(0).all() for part in teacher.score_top(ids, seen * (torch.arange(12) < 5), completion_ids))
-        assert teacher.score(ids, seen * (torch.arange(12) < 5), completion_ids).eq(0).all()
-        assert teacher.score(ids[:0], seen[:0], completion_ids[:0]).shape == (0, 7)
-        assert teacher.score(ids, seen, completion_ids[:, :0]).shape == (5, 0)
+        assert all(
+            part.eq(0).all() for part in teacher.score_top(read(ids, seen * (torch.arange(12) < 5), completion_ids))
+        )
+        assert teacher.score(read(ids, seen * (torch.arange(12) < 5), completion_ids)).eq(0).all()
+        assert teacher.score(read(ids[:0], seen[:0], completion_ids[:0])).shape == (0, 7)
+        assert teacher.score(read(ids, seen, completion_ids[:, :0])).shape == (5, 0)
         assert len(server.requests) == 1
 
     def test_context_leaves_room_for_the_token_that_is_generated(self, server):
@@ -345,7 +357,7 @@ class TestAddress:
         assert scorer(server.url + ending).model == "served"
 
     def test_another_model_by_name(self, server, batch):
-        scorer(server.url + "#adapter").score(*batch)
+        scorer(server.url + "#adapter").score(read(*batch))
         assert {request["model"] for request in server.requests} == {"adapter"}
 
     def test_a_model_that_is_not_there(self, server):
@@ -431,7 +443,7 @@ class TestFailures:
         teacher = scorer(server)
         server.edit = put(value)
         with pytest.raises(RuntimeError, match=rf"{server.url} answered row 3, position 5 .*{shown}.*at most 0"):
-            teacher.score(ids, seen, completion_ids)
+            teacher.score(read(ids, seen, completion_ids))
 
     @pytest.mark.parametrize(
         ("edit", "message"),
@@ -447,7 +459,7 @@ class TestFailures:
         teacher = scorer(server)
         server.edit = edit
         with pytest.raises(RuntimeError, match=f"{server.url} .*{message}.*has to be vLLM's"):
-            teacher.score(ids[[0, 2]], seen[[0, 2]], completion_ids[[0, 2]])
+            teacher.score(read(ids[[0, 2]], seen[[0, 2]], completion_ids[[0, 2]]))
 
     def test_a_server_that_is_none_of_vllm(self, server):
         server.names = []
@@ -462,23 +474,23 @@ class TestFailures:
         teacher = scorer(server)
         server.status = 500
         with pytest.raises(RuntimeError, match="/v1/completions answered HTTP 500: .*out of memory"):
-            teacher.score(*batch)
+            teacher.score(read(*batch))
 
     def test_timeout(self, server, batch):
         teacher = scorer(server, timeout=0.3)
         server.hangs = True
         with pytest.raises(TimeoutError, match=rf"{server.url}.* in 0.3 seconds.*raise `served_teacher_timeout`"):
-            teacher.score(*batch)
+            teacher.score(read(*batch))
 
     def test_a_lost_connection_is_tried_again(self, server, batch, caplog):
         teacher = scorer(server, batch_size=5)
-        want = teacher.score(*batch)
+        want = teacher.score(read(*batch))
         server.drops = 2
-        assert torch.equal(teacher.score(*batch), want)
+        assert torch.equal(teacher.score(read(*batch)), want)
         assert sum("trying again" in text for text in caplog.messages) == 2
         server.drops = 3
         with pytest.raises(ConnectionError, match="after 3 attempts"):
-            teacher.score(*batch)
+            teacher.score(read(*batch))
 
     def test_nobody_listens(self):
         with socket.socket() as free:

@@ -7,7 +7,7 @@ from peft import LoraConfig
 
 from tests.gopd.harness import Keeping, Recording, assert_policy_gradient, logged, sampled_logps
 from tests.tiny import LORA
-from trl_gopd.gopd.cache import CachedScorer
+from trl_gopd.gopd.frozen.cached import CachedScorer
 from trl_gopd.gopd.trainer import GOPDTrainer
 
 

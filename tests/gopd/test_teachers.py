@@ -12,7 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from tests.gopd.harness import IDS, load, log_probs
 from tests.tiny import LORA, build_model
-from trl_gopd.gopd.teachers import Frozen, StudentAdapter
+from trl_gopd.gopd.frozen.adapter import AdapterScorer
+from trl_gopd.gopd.frozen.local import LocalScorer
 
 
 LAMBDAS = [1.0, 1.5, 0.5, 1.25, 1.0, 2.0, 1.25, 0.0] * 2
@@ -39,7 +40,9 @@ def naive_loss(student, models, inputs, estimator, weights=None):
     mask, ids = inputs["completion_mask"].float(), inputs["completion_ids"].unsqueeze(-1)
     log_s = log_probs(student, inputs)
     rows = []
-    for row, (owner, scale) in enumerate(zip(inputs["teacher_index"].tolist(), inputs["gopd_lambda"], strict=True)):
+    for row, (owner, scale) in enumerate(
+        zip(inputs["gopd_teacher_index"].tolist(), inputs["gopd_lambda"], strict=True)
+    ):
         single = {key: value[row : row + 1] for key, value in inputs.items() if torch.is_tensor(value) and value.dim()}
         with torch.no_grad():
             log_t, log_r = (log_probs(model, single) for model in models[owner])
@@ -68,7 +71,7 @@ class TestSeveral:
     def test_gradient(self, several, models, estimator):
         trainer = several(gopd_estimator=estimator, per_device_train_batch_size=8)
         trainer.train()
-        assert 0 < trainer.seen["teacher_index"].sum() < 8
+        assert 0 < trainer.seen["gopd_teacher_index"].sum() < 8
         student = load(models / "student")
         pairs = [(load(models / name), load(models / "student")) for name in ("teacher", "base")]
         assert_gradient(trainer, student, pairs, estimator)
@@ -82,7 +85,7 @@ class TestSeveral:
             gopd_weight_by_teacher={"math": 0.25},
         )
         trainer.train()
-        want = torch.tensor([1.25, 1.75])[trainer.seen["teacher_index"]]
+        want = torch.tensor([1.25, 1.75])[trainer.seen["gopd_teacher_index"]]
         assert torch.equal(trainer.seen["gopd_lambda"], want)
         pairs = [(load(models / t), load(models / r)) for t, r in (("teacher", "base"), ("base", "student"))]
         assert_gradient(trainer, load(models / "student"), pairs, estimator, weights=(0.25, 1.0))
@@ -102,16 +105,16 @@ class TestSeveral:
 
     def test_each_row_goes_through_its_own_teacher_alone(self, several, estimator, monkeypatch):
         rows = []
-        hidden = Frozen.hidden
+        hidden = LocalScorer.hidden
 
         def spy(self, ids, *args):
             rows.append((self, len(ids)))
             return hidden(self, ids, *args)
 
-        monkeypatch.setattr(Frozen, "hidden", spy)
+        monkeypatch.setattr(LocalScorer, "hidden", spy)
         trainer = several(gopd_estimator=estimator, gopd_lambda=1.0, per_device_train_batch_size=8)
         trainer.train()
-        owners = trainer.seen["teacher_index"].tolist()
+        owners = trainer.seen["gopd_teacher_index"].tolist()
         counts = {scorer: sum(n for s, n in rows if s is scorer) for scorer in trainer.teachers.values()}
         assert list(counts.values()) == [owners.count(0), owners.count(1)]
 
@@ -177,7 +180,7 @@ class TestSharing:
     def test_iterable(self, several, routed):
         trainer = several(train_dataset=IterableDataset.from_generator(lambda: iter(routed)))
         trainer.train()
-        assert trainer.seen["teacher_logps"].isfinite().all()
+        assert trainer.seen["gopd_teacher_logps"].isfinite().all()
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "full"])
@@ -188,7 +191,7 @@ class TestAdapters:
     def test_equal_separate_models(self, several, adapters, models, estimator):
         options = {"gopd_estimator": estimator, "per_device_train_batch_size": 8, "max_steps": 2}
         shared = several(teacher_model=adapters, peft_config=LoraConfig(**LORA), **options)
-        assert all(isinstance(scorer, StudentAdapter) for scorer in shared.teachers.values())
+        assert all(isinstance(scorer, AdapterScorer) for scorer in shared.teachers.values())
         start = {name: parameter.clone() for name, parameter in shared.model.named_parameters()}
         shared.train()
         separate_models = {name: self.dense(models, folder) for name, folder in adapters.items()}
@@ -201,7 +204,7 @@ class TestAdapters:
             torch.testing.assert_close(shared.grads[name], gradient, rtol=1e-4, atol=1e-5)
         if estimator == "sampled":
             mask = shared.seen["completion_mask"].bool()
-            for name in ("teacher_logps", "reference_logps"):
+            for name in ("gopd_teacher_logps", "gopd_reference_logps"):
                 got, want = shared.seen[name][mask], separate.seen[name][mask]
                 torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
@@ -229,14 +232,14 @@ class TestAdapters:
 class TestAdapterChoice:
     def test_dense_student_loads_it_with_its_base(self, make, adapters):
         trainer = make(teacher_model=str(adapters["math"]))
-        assert isinstance(trainer.teachers[None], Frozen)
+        assert isinstance(trainer.teachers[None], LocalScorer)
         trainer.train()
 
     def test_adapter_on_another_base_is_a_model_of_its_own(self, make, models, adapters):
         path = adapters["math"] / "adapter_config.json"
         path.write_text(path.read_text().replace(str(models / "student"), str(models / "base")))
         trainer = make(teacher_model=str(adapters["math"]), peft_config=LoraConfig(**LORA))
-        assert isinstance(trainer.teachers[None], Frozen)
+        assert isinstance(trainer.teachers[None], LocalScorer)
 
     def test_reference_by_adapter(self, make, adapters):
         trainer = make(ref_model=str(adapters["code"]), peft_config=LoraConfig(**LORA))
@@ -254,14 +257,14 @@ class TestAdapterChoice:
 
     def test_base_of_the_student_is_not_loaded_again(self, make, models):
         trainer = make(teacher_model=str(models / "student"), gopd_lambda=1.0, peft_config=LoraConfig(**LORA))
-        assert isinstance(trainer.teachers[None], StudentAdapter) and trainer.teachers[None].adapter is None
+        assert isinstance(trainer.teachers[None], AdapterScorer) and trainer.teachers[None].adapter is None
         trainer.train()
         assert trainer.losses == [pytest.approx(0, abs=1e-6)]  # a fresh adapter changes nothing
 
     def test_a_base_in_memory_may_have_other_weights_than_its_name(self, make, models, adapters):
         student = get_peft_model(load(models / "student"), LoraConfig(**LORA))
         trainer = make(model=student, teacher_model=str(adapters["math"]), ref_model=str(models / "student"))
-        assert isinstance(trainer.teachers[None], Frozen) and isinstance(trainer.references[None], Frozen)
+        assert isinstance(trainer.teachers[None], LocalScorer) and isinstance(trainer.references[None], LocalScorer)
 
 
 class TestManifest:
@@ -361,4 +364,4 @@ class TestBadInput:
 def test_single_teacher_ignores_the_column(make, routed):
     trainer = make(train_dataset=routed)
     trainer.train()
-    assert trainer.seen["teacher_index"].sum() == 0
+    assert trainer.seen["gopd_teacher_index"].sum() == 0

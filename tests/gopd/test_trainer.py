@@ -14,9 +14,9 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.gopd.harness import Recording, load, log_probs
+from tests.gopd.harness import Recording, load, log_probs, logged, sampled_logps
 from tests.tiny import LORA, build_model, build_tokenizer
-from trl_gopd.gopd.teachers import StudentAdapter
+from trl_gopd.gopd.frozen.adapter import AdapterScorer
 from trl_gopd.gopd.trainer import GOPDTrainer
 
 
@@ -139,11 +139,107 @@ class TestGradient:
         assert (got - grads).norm() / grads.norm() < 1e-5
 
 
+class Reusing(Recording):
+    """Keeps the student before each step, and the masks of all steps."""
+
+    def training_step(self, *args, **kwargs):
+        named = self.accelerator.unwrap_model(self.model).named_parameters()
+        self.before = {name: p.detach().clone() for name, p in named}
+        loss = super().training_step(*args, **kwargs)
+        self.masks = [*getattr(self, "masks", []), self.seen["completion_mask"]]
+        return loss
+
+
+class TestReuse:
+    """
+    The second of two steps on one generation batch, whose tokens the start has sampled. TRL's formula of each loss
+    type is written out, with advantages under the policy that sampled.
+    """
+
+    # Bounds that some ratios of the second step lie in, below and above
+    EPSILON, EPSILON_HIGH = 0.02, 0.03
+
+    @pytest.fixture
+    def second_step(self, make, models):
+        def train(**options):
+            trainer = make(
+                cls=Reusing,
+                ref_model=str(models / "base"),
+                steps_per_generation=2,
+                max_steps=2,
+                learning_rate=0.02,
+                epsilon=self.EPSILON,
+                epsilon_high=self.EPSILON_HIGH,
+                **options,
+            )
+            trainer.train()
+            student = load(models / "student")
+            student.load_state_dict(trainer.before)
+            ids = trainer.seen["completion_ids"].unsqueeze(-1)
+            s = log_probs(student, trainer.seen).gather(-1, ids).squeeze(-1)
+            old, t, r = sampled_logps(models, trainer.seen, reference="base")
+            return trainer, student, s, old, (t - old) + 0.25 * (t - r)
+
+        return train
+
+    def clipped(self, ratio, advantages, largest=math.inf):
+        inside = ratio.clamp(1 - self.EPSILON, 1 + self.EPSILON_HIGH)
+        return -torch.minimum(ratio.clamp(max=largest) * advantages, inside * advantages)
+
+    def token_losses(self, loss_type, s, old, advantages, mask):
+        log_ratio, is_encouraged = s - old, advantages > 0
+        if loss_type == "cispo":  # here the upper bound is one of the ratio itself
+            return -log_ratio.exp().clamp(max=self.EPSILON_HIGH).detach() * advantages * s
+        if loss_type == "sapo":
+            temperature = torch.where(is_encouraged, 1.0, 1.05)
+            return -(temperature * (log_ratio.exp() - 1)).sigmoid() * 4 / temperature * advantages
+        if loss_type == "vespo":  # w^k·e^(c − c·w) of the ratio w of the sequence
+            weight = (log_ratio * mask).sum(1, keepdim=True).exp().detach()
+            k, c = torch.where(is_encouraged, 2.0, 3.0), torch.where(is_encouraged, 3.0, 2.0)
+            return -(weight**k) * (c - c * weight).exp() * advantages * s
+        return self.clipped(log_ratio.exp(), advantages)
+
+    def mean(self, loss_type, losses, mask, masks):
+        if loss_type in ("grpo", "sapo"):
+            return ((losses * mask).sum(1) / mask.sum(1)).mean()
+        total = (losses * mask).sum()
+        if loss_type == "bnpo":
+            return total / mask.sum()
+        if loss_type == "dr_grpo":
+            return total / (4 * 10)  # four rows of `max_completion_length`
+        return total / (sum(m.sum() for m in masks) / 2)  # tokens a step of the whole generation batch
+
+    @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo"])
+    def test_loss_types(self, second_step, loss_type):
+        trainer, student, s, old, advantages = second_step(loss_type=loss_type)
+        mask = trainer.seen["completion_mask"].float()
+        losses = self.token_losses(loss_type, s, old, advantages, mask)
+        loss = self.mean(loss_type, losses, mask, trainer.masks)
+        # a few sums of log-probabilities below 16
+        assert trainer.losses[1] == pytest.approx(loss.item(), abs=8 * 16 * torch.finfo(torch.float32).eps)
+        assert trainer.masks[0].sum() != trainer.masks[1].sum()
+        assert_same_gradient(trainer.grads, student, loss)
+
+    @pytest.mark.parametrize("delta", [None, 1.04])
+    def test_tokens_are_clipped_by_their_own_ratio(self, second_step, delta):
+        """Each ratio is to the policy that sampled; `delta` bounds the ratios of tokens that are discouraged."""
+        trainer, student, s, old, advantages = second_step(delta=delta)
+        counted = trainer.seen["completion_mask"].bool()
+        mask, ratio = counted.float(), (s - old).exp()
+        losses = self.clipped(ratio, advantages, delta or math.inf)
+        assert_same_gradient(trainer.grads, student, ((losses * mask).sum(1) / mask.sum(1)).mean())
+        is_low = (ratio < 1 - self.EPSILON) & (advantages < 0)
+        is_high = (ratio > 1 + self.EPSILON_HIGH) & (advantages > 0)
+        assert is_low[counted].any() and is_high[counted].any() and ((ratio > 1.04) & (advantages < 0))[counted].any()
+        share = (is_low | is_high)[counted].float().mean().item()
+        assert 0 < share < 1 and logged(trainer, "clip_ratio/region_mean") == pytest.approx([0.0, share], abs=1e-6)
+
+
 class TestReference:
     def test_lambda_one_never_touches_it(self, make, models, monkeypatch):
         with pytest.warns(UserWarning, match="`ref_model` is not loaded"):
             given = make(gopd_lambda=1.0, ref_model=str(models / "base"), max_steps=3)
-        monkeypatch.setattr(StudentAdapter, "switched", lambda self: pytest.fail("the reference was called"))
+        monkeypatch.setattr(AdapterScorer, "switched", lambda self: pytest.fail("the reference was called"))
         given.train()
         plain = make(gopd_lambda=1.0, max_steps=3)  # made now: the constructor seeds, and training draws
         plain.train()
@@ -162,12 +258,12 @@ class TestReference:
         assert torch.equal(trainer.references[None].inner.model.lm_head.weight, start.lm_head.weight)
         want = log_probs(start, trainer.seen).gather(-1, trainer.seen["completion_ids"].unsqueeze(-1)).squeeze(-1)
         mask = trainer.seen["completion_mask"].bool()
-        torch.testing.assert_close(trainer.seen["reference_logps"][mask], want[mask], rtol=0, atol=1e-5)
+        torch.testing.assert_close(trainer.seen["gopd_reference_logps"][mask], want[mask], rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("estimator", ["sampled", "full"])
     def test_fresh_lora_is_switched_off(self, make, models, estimator):
         trainer = make(peft_config=LoraConfig(**LORA), max_steps=3, gopd_estimator=estimator)
-        assert isinstance(trainer.references[None], StudentAdapter)
+        assert isinstance(trainer.references[None], AdapterScorer)
         trainer.train()
         base = load(models / "student")
         merged = copy.deepcopy(trainer.model).merge_and_unload()
@@ -177,7 +273,7 @@ class TestReference:
             ids = trainer.seen["completion_ids"].unsqueeze(-1)
             want = log_probs(base, trainer.seen).gather(-1, ids).squeeze(-1)
             mask = trainer.seen["completion_mask"].bool()
-            torch.testing.assert_close(trainer.seen["reference_logps"][mask], want[mask], rtol=0, atol=1e-5)
+            torch.testing.assert_close(trainer.seen["gopd_reference_logps"][mask], want[mask], rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("estimator", ["sampled", "full"])
     def test_lora_gradient_uses_teacher_and_reference(self, make, models, estimator):
@@ -211,15 +307,9 @@ class TestReference:
         ids = trainer.seen["completion_ids"].unsqueeze(-1)
         want = log_probs(start, trainer.seen).gather(-1, ids).squeeze(-1)
         mask = trainer.seen["completion_mask"].bool()
-        torch.testing.assert_close(trainer.seen["reference_logps"][mask], want[mask], rtol=0, atol=1e-5)
+        torch.testing.assert_close(trainer.seen["gopd_reference_logps"][mask], want[mask], rtol=0, atol=1e-5)
         trainable = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
         assert trainable and not any(".ref." in name for name in trainable)
-
-    def test_adapter_name_taken(self, make, models):
-        model = self.trained_adapter(models)
-        model.add_adapter("ref", LoraConfig(**LORA))
-        with pytest.raises(ValueError, match="already has an adapter named 'ref'.*pass `ref_model`"):
-            make(model=model)
 
     def test_state_is_restored_after_an_error(self, make):
         trainer = make(peft_config=LoraConfig(lora_dropout=0.5, **LORA))
@@ -238,7 +328,7 @@ class TestTeacher:
         ids = trainer.seen["completion_ids"].unsqueeze(-1)
         want = log_probs(model, trainer.seen).gather(-1, ids).squeeze(-1)
         mask = trainer.seen["completion_mask"].bool()
-        return trainer.seen["teacher_logps"][mask], want[mask]
+        return trainer.seen["gopd_teacher_logps"][mask], want[mask]
 
     def test_path_and_instance_agree(self, make, models):
         by_path = make(max_steps=2)
@@ -401,12 +491,6 @@ class TestRun:
         values = [log["gopd/reverse_kl"] for log in trainer.state.log_history if "loss" in log]
         assert sum(values[-5:]) < 0.7 * sum(values[:5])
 
-    @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo"])
-    def test_loss_types(self, make, loss_type):
-        trainer = make(loss_type=loss_type)
-        trainer.train()
-        assert sum(float(g.abs().sum()) for g in trainer.grads.values()) > 0
-
     @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
     def test_full_loss_types_log_the_divergence(self, make, loss_type):
         trainer = make(loss_type=loss_type, gopd_estimator="full", gopd_lambda=1.0)
@@ -419,11 +503,6 @@ class TestRun:
             total = log["gopd/reverse_kl"] * mask.sum().item()
             assert trainer.losses[0] == pytest.approx(total / (4 * 10), rel=1e-5)
 
-    def test_reuse_of_rollouts(self, make):
-        trainer = make(num_iterations=2, steps_per_generation=4, gradient_accumulation_steps=2, max_steps=4)
-        trainer.train()
-        assert "old_per_token_logps" in trainer.seen
-
     def test_generations_with_task_reward(self, make):
         """A_t plus the group advantage of the reward: rows of one prompt differ by the reward alone."""
 
@@ -435,6 +514,21 @@ class TestRun:
         log = trainer.state.log_history[0]
         assert log["rewards/reward/mean"] == pytest.approx(0.5)
         assert sorted(trainer.seen["advantages"].tolist()) == [-0.5, -0.5, 0.5, 0.5]
+
+    def test_both_advantages_are_logged(self, make, tmp_path):
+        def reward(completions, **kwargs):
+            return [float(i % 2) for i in range(len(completions))]
+
+        trainer = make(reward_funcs=reward, num_generations=2, log_completions=True, max_steps=2)
+        trainer.train()
+        for step in (1, 2):
+            table = pd.read_parquet(tmp_path / "out" / "completions" / f"completions_{step:05d}.parquet")
+            assert set(table["advantage"]) == {-0.5, 0.5}
+            assert table["gopd_advantage"].map(math.isfinite).all() and table["gopd_advantage"].abs().min() > 0
+            page = (tmp_path / "out" / "completions" / f"advantages_{step:05d}.html").read_text()
+            assert "teacher_logp" in page
+        # a mean over sequences of token means, in which the rewards' advantages cancel
+        assert -table["gopd_advantage"].mean() == pytest.approx(trainer.losses[1], rel=1e-4)
 
     def test_reward_needs_a_group(self, make):
         with pytest.raises(ValueError, match="`reward_funcs` with `num_generations=1` have no effect"):
@@ -499,11 +593,28 @@ class TestRun:
         table = pd.read_parquet(next((tmp_path / "out" / "completions").glob("*.parquet")))
         assert table["advantage"].map(math.isfinite).all() and math.isfinite(trainer.losses[0])
 
-    def test_model_card(self, make, tmp_path):
-        trainer = make(save_strategy="steps", save_steps=1)
+    def test_model_card(self, make, models, tmp_path):
+        trainer = make(save_strategy="steps", save_steps=1, ref_model=str(models / "base"))
         trainer.train()
         card = (tmp_path / "out" / "README.md").read_text()
-        assert "2602.12125" in card and "G-OPD" in card and "DeepSeekMath" not in card
+        assert "2602.12125" in card and "@article{yang2026learning" in card and "DeepSeekMath" not in card
+        assert "[None]" not in card and f"a fine-tuned version of `{models / 'student'}`" in card
+        for line in (
+            f"| Student |  | {models / 'student'} |",
+            f"| Teacher |  | `{models / 'teacher'}` |",
+            f"| Reference |  | `{models / 'base'}` |",
+            "| λ |  | 1.25, constant |",
+            "| Estimator |  | sampled |",
+        ):
+            assert line in card
+
+    def test_models_are_attributes(self, make, models):
+        trainer = make(ref_model=str(models / "base"))
+        assert trainer.teacher_model is trainer.teachers[None].inner.model
+        assert trainer.ref_model is trainer.references[None].inner.model
+        anchored = make(beta=0.1)  # GRPO's own reference
+        assert anchored.ref_model is not anchored.references[None].inner.model
+        assert make(gopd_lambda=1.0).ref_model is None
 
     def test_pad_is_eos(self, make, tokenizer):
         twin = copy.deepcopy(tokenizer)
@@ -519,11 +630,104 @@ class TestRun:
 
     def test_missed_hook_raises(self, make, monkeypatch):
         trainer = make()
+        trainer.train()
         monkeypatch.setattr(
             "trl.GRPOTrainer._compute_loss", lambda self, model, inputs: inputs["advantages"].sum() * 0
         )
-        with pytest.raises(RuntimeError, match="without asking for log-probabilities first.*trl>=1.16"):
-            trainer._compute_loss(trainer.model, {"advantages": torch.zeros(1)})
+        with pytest.raises(RuntimeError, match="without asking for log-probabilities first.*trl>=1.14"):
+            trainer._compute_loss(trainer.model, trainer.seen)
+
+
+TOOL_TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class Environment:
+    """Gives the last message of each prompt, and a tool."""
+
+    def reset(self, **kwargs):
+        return "What is 2 plus 5?"
+
+    def add(self, a: int, b: int) -> int:
+        """
+        Adds.
+
+        Args:
+            a: One number.
+            b: Another one.
+        """
+        return a + b
+
+
+class Judging(Environment):
+    def get_reward(self):
+        return 1.0
+
+
+class TestEnvironment:
+    """Which gives prompts and tools, and may give no reward."""
+
+    ROWS = {"prompt": [[{"role": "user", "content": ""}]] * 8}
+
+    @pytest.fixture
+    def build(self, make, tokenizer, monkeypatch):
+        monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+        monkeypatch.setattr(tokenizer, "chat_template", TOOL_TEMPLATE)
+        # Its template is not one that TRL can parse tool calls from; the scripted completions have none.
+        monkeypatch.setattr("trl.trainer.grpo_trainer.add_response_schema", lambda tokenizer: tokenizer)
+        monkeypatch.setattr("trl.trainer.grpo_trainer.parse_response", lambda *args, **kw: {"role": "assistant"})
+
+        def build(rows, factory, **kwargs):
+            return make(
+                Recording,
+                train_dataset=Dataset.from_dict(rows),
+                environment_factory=factory,
+                gopd_lambda=1.0,
+                **kwargs,
+            )
+
+        return build
+
+    def test_without_a_reward(self, build):
+        trainer = build(self.ROWS, Environment)
+        trainer.train()
+        assert not trainer._has_rewards and any(float(g.abs().max()) > 0 for g in trainer.grads.values())
+
+    def test_rows_need_no_prompt(self, build):
+        trainer = build({"environment": ["one"] * 8}, {"one": Environment})
+        trainer.train()
+        assert trainer.state.global_step == 1
+
+    def test_its_reward_needs_a_group(self, build):
+        with pytest.raises(ValueError, match="an environment's `get_reward` with `num_generations=1` have no effect"):
+            build(self.ROWS, Judging)
+
+    def test_its_reward_alone_is_logged(self, build):
+        trainer = build(self.ROWS, Judging, num_generations=2)
+        trainer.train()
+        log = trainer.state.log_history[0]
+        assert log["rewards/Judging/mean"] == log["reward"] == 1.0 and not any("null" in name for name in log)
+
+
+class TestNothingToLearn:
+    def warnings(self, trainer, caplog):
+        trainer.train()
+        return [record.message for record in caplog.records if "give every sampled token" in record.message]
+
+    def test_teacher_is_the_student(self, make, models, caplog):
+        found = self.warnings(make(teacher_model=str(models / "student"), gopd_lambda=1.0, max_steps=2), caplog)
+        assert len(found) == 1 and "Student and teacher" in found[0] and "nothing to learn" in found[0]
+
+    def test_reference_is_the_teacher(self, make, models, caplog):
+        found = self.warnings(make(ref_model=str(models / "teacher")), caplog)
+        assert len(found) == 1 and "Teacher and reference" in found[0] and "λ changes nothing" in found[0]
+
+    def test_most_runs_are_not_warned_of(self, make, models, caplog):
+        assert not self.warnings(make(ref_model=str(models / "base")), caplog)
 
 
 class TestBadInput:

@@ -1,23 +1,23 @@
-"""The command `trl-gopd`: one module a sub-command, imported when it is asked for."""
+"""The command `trl-gopd`. Each sub-command has a module of its own, which is imported only when it is run."""
 
 import importlib
 import sys
 
 
 COMMANDS = {
-    "train": "distil a teacher into a student with GOPDTrainer",
-    "quantize": "bring a model to 2, 3 or 4 bits with D2Quant",
-    "evaluate": "measure a model, quantized or not, on a text and against another",
-    "preflight": "see what each reward scale would do, before any training",
-    "demo": "see the method work on this machine, without a hub",
+    "train": "distill a teacher into a student with GOPDTrainer",
+    "quantize": "quantize a model to 2, 3, 4 or 8 bits with D2Quant",
+    "evaluate": "measure a model, quantized or not, on a text and compare it with another model",
+    "preflight": "predict the effect of each reward scale λ before training",
+    "demo": "run small demonstrations on this machine, without access to the Hub",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a sub-command; returns the exit status."""
+    """Runs a sub-command and returns the exit status of the process."""
     arguments = sys.argv[1:] if arguments is None else arguments
     listing = "\n".join(f"  {name:9} {text}" for name, text in COMMANDS.items())
-    usage = f"usage: trl-gopd COMMAND ...\n\n{listing}\n\nEach has --help."
+    usage = f"usage: trl-gopd COMMAND ...\n\n{listing}\n\nEach command has --help."
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)
         return 0 if arguments else 2
@@ -30,4 +30,5 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"trl-gopd: there is no command {name!r}; there are {', '.join(COMMANDS)}.\n\n{usage}", file=sys.stderr)
         return 2
-    return importlib.import_module(f"trl_gopd.cli.{name}").main(rest)
+    status: int = importlib.import_module(f"trl_gopd.cli.{name}").main(rest)
+    return status

@@ -1,4 +1,4 @@
-"""`python -m trl_gopd.cli`, which `accelerate launch -m` can start."""
+"""Entry point of `python -m trl_gopd.cli`, so that `accelerate launch -m trl_gopd.cli` can start the command."""
 
 import sys
 

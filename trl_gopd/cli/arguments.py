@@ -1,4 +1,4 @@
-"""What several sub-commands read from their command lines."""
+"""Argument types and checks that several sub-commands share."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
-    """Type of an argument that is a whole number and no less than `minimum`."""
+    """Returns an argparse type that accepts whole numbers greater than or equal to `minimum`."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < minimum:
@@ -20,7 +20,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 
 def reward_scale(text: str) -> float:
-    """λ, finite and at least 0."""
+    """Argparse type of a reward scale λ: a finite number greater than or equal to 0."""
     try:
         value = float(text)
     except ValueError:
@@ -31,7 +31,13 @@ def reward_scale(text: str) -> float:
 
 
 def check_models(parser: argparse.ArgumentParser, models: Mapping[str, str | None]) -> None:
-    """Ends with an error if a model, by the option that names it, is a path without a model."""
+    """
+    Ends the command with an error if a value looks like a local path but holds no model.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Parser whose `error` method is called.
+        models (`Mapping[str, str | None]`): Names or paths of models by the option that gave them. `None` is skipped.
+    """
     for option, given in models.items():
         if given is None:
             continue
@@ -45,19 +51,26 @@ def check_models(parser: argparse.ArgumentParser, models: Mapping[str, str | Non
 
 
 def check_folders(parser: argparse.ArgumentParser, outputs: Mapping[str, Path | None]) -> None:
-    """Ends with an error if the folder that an output goes to, by its option, does not exist."""
+    """
+    Ends the command with an error if the parent folder of an output does not exist.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Parser whose `error` method is called.
+        outputs (`Mapping[str, Path | None]`): Paths of outputs by the option that gave them. `None` is skipped.
+    """
     for option, path in outputs.items():
         if path and not path.absolute().parent.is_dir():
             parser.error(f"{option} {path}: the folder {path.parent} does not exist; make it or name another")
 
 
 def torch_device(parser: argparse.ArgumentParser, name: str | None) -> str:
+    """Returns `name` if torch can use that device, and `cuda` or `cpu` if `name` is `None`."""
     import torch
 
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)  # also finds a build without CUDA, and a GPU that is not there
+        torch.empty(0, device=name)  # allocating also detects a build without CUDA and a GPU index that does not exist
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {name}: cannot be used ({str(error).splitlines()[0]}); try cpu")
     return name

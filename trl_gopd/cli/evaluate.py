@@ -1,37 +1,54 @@
-"""`trl-gopd evaluate`: how well a model predicts a text, how close it is to another, and what it takes."""
+"""`trl-gopd evaluate`: measure the perplexity of a model, its agreement with another model, its size and its costs."""
 
 import argparse
 import json
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..files import written_whole
 from .arguments import DTYPES, at_least, check_folders, check_models, torch_device
 
 
+if TYPE_CHECKING:
+    import torch
+
+    from trl_gopd.evaluation import Perplexity, Resources
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """Parser of the sub-command."""
+    """Returns the parser of `trl-gopd evaluate`."""
     parser = argparse.ArgumentParser("trl-gopd evaluate", description=__doc__)
     parser.add_argument("model", metavar="DIR", type=Path, help="folder of the model, quantized or not")
-    parser.add_argument("--perplexity", metavar="FILE", type=Path, help="text in UTF-8 (default: the embedded one)")
-    parser.add_argument("--against", metavar="MODEL", help="folder or name of the model to hold it against")
-    parser.add_argument("--seq-length", metavar="N", type=at_least(2), default=512, help="tokens a window (512)")
-    parser.add_argument("--windows", metavar="N", type=at_least(1), help="the first N windows (default: all)")
-    parser.add_argument("--batch-size", metavar="N", type=at_least(1), default=1, help="windows a forward (1)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of what is not quantized (as saved)")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where there is one)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="where the result goes, for machines")
+    parser.add_argument(
+        "--perplexity", metavar="FILE", type=Path, help="text file in UTF-8 (default: an embedded text)"
+    )
+    parser.add_argument("--against", metavar="MODEL", help="folder or Hub name of a model to compare with")
+    parser.add_argument("--seq-length", metavar="N", type=at_least(2), default=512, help="tokens of a window (512)")
+    parser.add_argument(
+        "--windows", metavar="N", type=at_least(1), help="measure only the first N windows (default: all)"
+    )
+    parser.add_argument(
+        "--batch-size", metavar="N", type=at_least(1), default=1, help="windows in one forward pass (1)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="dtype of the layers that are not quantized (default: as saved)",
+    )
+    parser.add_argument("--device", help="torch device, such as cpu or cuda:1 (default: cuda if available, else cpu)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="file for the result in JSON")
     return parser
 
 
 def main(arguments: list[str]) -> int:
-    """Checks what can be checked without a model, then measures."""
+    """Checks the arguments before any model is loaded, then measures and prints a table."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     _check_paths(parser, args)
 
-    # Seconds of imports come after the mistakes that need none.
+    # These imports take seconds, so they come after the checks that do not need them.
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -69,8 +86,8 @@ def _check_paths(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     check_folders(parser, {"--json": args.json})
 
 
-def _windows(parser: argparse.ArgumentParser, args: argparse.Namespace):
-    """Windows of the text `(n, T)`, after checking that both models would read the same."""
+def _windows(parser: argparse.ArgumentParser, args: argparse.Namespace) -> "torch.Tensor":
+    """Returns the windows of the text `(n, T)` after checking that both models have the same tokens and vocabulary."""
     import torch
 
     from trl_gopd.d2quant.calibration import check_ids, embedded_text, read_text, token_windows
@@ -88,7 +105,7 @@ def _windows(parser: argparse.ArgumentParser, args: argparse.Namespace):
                 parser.error(f"--against {args.against}: its tokenizer gives other ids than that of DIR; {remedy}")
             if their_size != vocab_size:
                 parser.error(f"--against {args.against}: it has {their_size} logits, DIR has {vocab_size}; {remedy}")
-    except (ValueError, ImportError) as error:  # what the reading of a text says is complete
+    except (ValueError, ImportError) as error:  # these messages already say what to do
         parser.error(str(error))
     if args.windows and args.windows > len(windows):
         parser.error(
@@ -99,26 +116,30 @@ def _windows(parser: argparse.ArgumentParser, args: argparse.Namespace):
 
 
 def _load_from(parser: argparse.ArgumentParser, what: str, model: Path | str) -> Any:
+    """Loads the tokenizer or the configuration of a model, or ends the command with an error."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
         return {"tokenizer": AutoTokenizer, "config": AutoConfig}[what].from_pretrained(model)
-    except (OSError, ValueError) as error:  # what transformers raises for a missing folder, a broken one, no hub
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # transformers raises these for a missing or broken folder, and without the Hub
         parser.error(
             f"the {what} of {model} cannot be loaded ({str(error).splitlines()[0]}); name a folder that holds one, "
             f"`{what}.save_pretrained` writes it"
         )
 
 
-def _table(args: argparse.Namespace, windows, measured: dict[str, Any]) -> str:
-    """What was measured, one line each, ± one standard error."""
+def _table(args: argparse.Namespace, windows: "torch.Tensor", measured: dict[str, Any]) -> str:
+    """Formats the result for people: one line for each quantity, with ± one standard error."""
     ours, agreement, storage = measured["perplexity"], measured["agreement"], measured["storage"]
     load, evaluation = measured["load"], measured["evaluation"]
 
     def pm(value: float, error: float | None, digits: int) -> str:
         return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
-    def ppl(perplexity) -> str:
+    def ppl(perplexity: "Perplexity") -> str:
         error = perplexity.standard_error
         return pm(perplexity.value, None if error is None else perplexity.value * error, 3)
 
@@ -146,13 +167,19 @@ def _table(args: argparse.Namespace, windows, measured: dict[str, Any]) -> str:
     return "\n".join([title, *(f"  {name:28} {value}" for name, value in rows)])
 
 
-def _cost(used) -> str:
+def _cost(used: "Resources") -> str:
     gpu = "" if not used.peak_cuda_bytes else f", {used.peak_cuda_bytes / 2**30:.2f} GiB of GPU memory"
     return f"{used.seconds:.1f} s, at most {used.peak_memory_bytes / 2**30:.2f} GiB of memory{gpu}"
 
 
-def _write_json(args, arguments: list[str], device, windows, measured: dict[str, Any]) -> None:
-    """Writes to a temporary sibling first, so that a half-written file never has the name."""
+def _write_json(
+    args: argparse.Namespace,
+    arguments: list[str],
+    device: "torch.device",
+    windows: "torch.Tensor",
+    measured: dict[str, Any],
+) -> None:
+    """Writes the result with command, versions and device, under a temporary name until it is complete."""
     import platform
     from dataclasses import asdict
 

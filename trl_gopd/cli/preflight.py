@@ -1,4 +1,4 @@
-"""`trl-gopd preflight`: what λ would do with this teacher and reference, before any training."""
+"""`trl-gopd preflight`: measure, before any training, what each λ would do with a teacher and a reference."""
 
 import argparse
 import importlib
@@ -7,15 +7,20 @@ import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .arguments import DTYPES, at_least, check_folders, check_models, reward_scale, torch_device
+
+
+if TYPE_CHECKING:
+    from trl_gopd.preflight_check.report import PreflightReport
 
 
 REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
 
 
-def _share(text: str) -> float:
+def _fraction(text: str) -> float:
+    """Argparse type of a number between 0 and 1."""
     try:
         value = float(text)
     except ValueError:
@@ -26,6 +31,7 @@ def _share(text: str) -> float:
 
 
 def _temperature(text: str) -> float:
+    """Argparse type of a sampling temperature: a finite number above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -36,58 +42,96 @@ def _temperature(text: str) -> float:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Parser of the sub-command."""
+    """Returns the parser of `trl-gopd preflight`."""
     parser = argparse.ArgumentParser("trl-gopd preflight", description=__doc__)
-    parser.add_argument("prompts", metavar="PROMPTS", help="file with a column `prompt`, .txt file, or data set")
-    parser.add_argument("--teacher", metavar="MODEL", required=True, help="folder or name of the teacher")
-    parser.add_argument("--student", metavar="MODEL", help="the same of the student (default: the reference)")
-    parser.add_argument("--reference", metavar="MODEL", help="the same of the reference (default: the student)")
-    parser.add_argument("--split", default="train", help="of a data set (train)")
-    parser.add_argument("--dataset-config", metavar="NAME", help="of a data set")
-    parser.add_argument("--lambdas", metavar="λ", type=reward_scale, nargs="+", help="grid (0.5 1 1.1 1.25 1.5 2)")
-    parser.add_argument("--sample-from", choices=("teacher", "student"), default="teacher", help="(teacher)")
-    parser.add_argument("--num-samples", metavar="N", type=at_least(2), default=100, help="completions (100)")
-    parser.add_argument("--max-completion-length", metavar="N", type=at_least(1), default=256, help="tokens (256)")
-    parser.add_argument("--temperature", metavar="T", type=_temperature, default=1.0, help="that of training (1.0)")
-    parser.add_argument("--seed", metavar="N", type=at_least(0), default=0, help="of prompts and sampling (0)")
-    parser.add_argument("--batch-size", metavar="N", type=at_least(1), default=8, help="rows a forward (8)")
     parser.add_argument(
-        "--chunk-size", metavar="N", type=at_least(1), default=256, help="tokens whose logits exist at a time (256)"
+        "prompts",
+        metavar="PROMPTS",
+        help="file with a column `prompt`, .txt file with one prompt per line, or dataset",
+    )
+    parser.add_argument("--teacher", metavar="MODEL", required=True, help="teacher model: folder or Hub name")
+    parser.add_argument(
+        "--student", metavar="MODEL", help="student model: folder or Hub name (default: the reference)"
+    )
+    parser.add_argument(
+        "--reference", metavar="MODEL", help="reference model: folder or Hub name (default: the student)"
+    )
+    parser.add_argument("--split", default="train", help="split of the dataset (train)")
+    parser.add_argument("--dataset-config", metavar="NAME", help="configuration of the dataset")
+    parser.add_argument(
+        "--lambdas", metavar="λ", type=reward_scale, nargs="+", help="values of λ to measure (0.5 1 1.1 1.25 1.5 2)"
+    )
+    parser.add_argument(
+        "--sample-from",
+        choices=("teacher", "student"),
+        default="teacher",
+        help="model that samples completions (teacher)",
+    )
+    parser.add_argument(
+        "--num-samples", metavar="N", type=at_least(2), default=100, help="number of completions (100)"
+    )
+    parser.add_argument(
+        "--max-completion-length",
+        metavar="N",
+        type=at_least(1),
+        default=256,
+        help="maximum tokens of a completion (256)",
+    )
+    parser.add_argument(
+        "--temperature", metavar="T", type=_temperature, default=1.0, help="temperature of the training run (1.0)"
+    )
+    parser.add_argument(
+        "--seed",
+        metavar="N",
+        type=at_least(0),
+        default=0,
+        help="seed that selects prompts and samples completions (0)",
+    )
+    parser.add_argument("--batch-size", metavar="N", type=at_least(1), default=8, help="rows in one forward pass (8)")
+    parser.add_argument(
+        "--chunk-size",
+        metavar="N",
+        type=at_least(1),
+        default=256,
+        help="number of tokens whose logits are held in memory at once (256)",
     )
     parser.add_argument(
         "--reward-funcs",
         metavar="NAME",
         nargs="+",
         default=[],
-        help=f"judge completions decoded at each λ: {', '.join(REWARDS)}, or dotted paths such as my.rewards.exact",
+        help="also decode completions at each λ and score them with these reward functions: "
+        f"{', '.join(REWARDS)}, or dotted paths such as my.rewards.exact",
     )
     parser.add_argument(
         "--max-off-teacher-mass",
         metavar="P",
-        type=_share,
-        help="probability that may move to ids the teacher finds unlikely (0.01)",
+        type=_fraction,
+        help="limit on the probability that may move to ids which the teacher finds unlikely (0.01)",
     )
     parser.add_argument(
         "--max-deterministic-flips",
         metavar="P",
-        type=_share,
-        help="share of the teacher's near-certain choices that may be overturned (0.001)",
+        type=_fraction,
+        help="limit on the fraction of the teacher's near-certain choices that may change (0.001)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the models (as saved)")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where there is one)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="where the report goes, for machines")
-    parser.add_argument("--figure", metavar="FILE", type=Path, help="where its figure goes: .png, .svg or .pdf")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the models (default: as saved)")
+    parser.add_argument("--device", help="torch device, such as cpu or cuda:1 (default: cuda if available, else cpu)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="file for the report in JSON")
+    parser.add_argument(
+        "--figure", metavar="FILE", type=Path, help="file for the figure of the report: .png, .svg or .pdf"
+    )
     return parser
 
 
 def main(arguments: list[str]) -> int:
-    """Checks what can be checked without a model, measures, and recommends."""
+    """Checks the arguments before any model is loaded, measures every λ, and prints a recommendation."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     _check_arguments(parser, args)
 
-    # Seconds of imports come after the mistakes that need none.
-    from trl_gopd.gopd.preflight import load_prompts, preflight
+    # These imports take seconds, so they come after the checks that do not need them.
+    from trl_gopd.preflight_check import load_prompts, preflight
 
     optional = ("lambdas", "max_off_teacher_mass", "max_deterministic_flips")
     try:
@@ -119,7 +163,9 @@ def main(arguments: list[str]) -> int:
 
 def _check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.student is None and args.reference is None:
-        parser.error("no reference: name one with --reference, or the student with --student, whose start it then is")
+        parser.error(
+            "no reference: name one with --reference, or the student with --student, which is then also the reference"
+        )
     check_models(parser, {f"--{role}": getattr(args, role) for role in ("teacher", "reference", "student")})
     check_folders(parser, {"--json": args.json, "--figure": args.figure})
     if args.figure:
@@ -130,12 +176,12 @@ def _check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) 
 
 
 def _reward(parser: argparse.ArgumentParser, name: str) -> Any:
-    """A reward function by the names that TRL's `grpo` script takes."""
+    """Returns a reward function by the name under which TRL's `grpo` script accepts it, or by its dotted path."""
     if name in REWARDS:
         from trl import rewards
 
         function = getattr(rewards, name)
-        # with the settings of that script
+        # The values are those that TRL's script passes.
         return function(max_completion_len=1280, soft_punish_cache=256) if name.startswith("get_") else function
     module, dot, attribute = name.rpartition(".")
     if not dot:
@@ -148,18 +194,18 @@ def _reward(parser: argparse.ArgumentParser, name: str) -> Any:
         parser.error(f"--reward-funcs {name}: cannot be imported ({error}); run where {module} can be found")
 
 
-def _table(report) -> str:
-    """The report for people: one line a λ, what the sampled tokens say, and the recommendation."""
+def _table(report: "PreflightReport") -> str:
+    """Formats the report for people: one line for each λ, the log-ratios of the sampled tokens, and the advice."""
 
-    def share(value: float | None) -> str:
+    def percent(value: float | None) -> str:
         return "–" if value is None else f"{value:.3%}"
 
     header = ("λ", "D_λ(T‖R)", "log Z", "KL(q‖T)", "entropy", "flips", "near-certain", "off-teacher", "P(end)")
     rows: list[tuple[str, ...]] = [header]
     for effect in report.effects:
         nats = (effect.renyi, effect.log_z, effect.kl_to_teacher, effect.entropy)
-        shares = (effect.flips, effect.deterministic_flips, effect.off_teacher_mass, effect.eos_probability)
-        rows.append((f"{effect.gopd_lambda:g}", *(f"{value:.4f}" for value in nats), *map(share, shares)))
+        fractions = (effect.flips, effect.deterministic_flips, effect.off_teacher_mass, effect.eos_probability)
+        rows.append((f"{effect.gopd_lambda:g}", *(f"{value:.4f}" for value in nats), *map(percent, fractions)))
     if report.decoded:
         judged = [
             (f"{each.reward:.4g} ± {each.standard_error:.2g}", f"{each.length:.1f}", f"{each.truncated:.0%}")

@@ -1,39 +1,50 @@
-"""`trl-gopd quantize`: a model in full precision in, a folder of two, three or four bits out."""
+"""`trl-gopd quantize`: quantize a model to 2, 3, 4 or 8 bits and save it in a folder."""
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .arguments import DTYPES, check_folders, check_models, torch_device
+
+
+if TYPE_CHECKING:
+    from trl_gopd.d2quant.config import D2QuantConfig
 
 
 PRESETS = ("default", "paper", "release")
 
 
 def _setting(text: str) -> tuple[str, Any]:
+    """Argparse type of `NAME=VALUE`, where the value is JSON or, if it is not valid JSON, a plain string."""
     name, equals, value = text.partition("=")
     if not (name and equals):
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}; try alpha=0.5 or grid=midrise")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
-        return name, value  # a word need not be quoted
+        return name, value  # so that strings can be given without quotes
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Parser of the sub-command."""
+    """Returns the parser of `trl-gopd quantize`."""
     parser = argparse.ArgumentParser("trl-gopd quantize", description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help="folder or name of the model")
-    parser.add_argument("-o", "--output-dir", metavar="DIR", type=Path, required=True, help="folder to write")
-    parser.add_argument("--preset", choices=PRESETS, default="default", help="where settings start from (default)")
-    parser.add_argument("--bits", type=int, default=2, help="2, 3, 4 or 8 (2)")
-    parser.add_argument("--group-size", metavar="N", type=int, help="columns that share a scale")
-    parser.add_argument("--dataset", help="calibration text: a file, or wikitext2 (default: an embedded one)")
-    parser.add_argument("--num-samples", metavar="N", type=int, help="calibration windows")
-    parser.add_argument("--seq-length", metavar="N", type=int, help="tokens in a window")
-    parser.add_argument("--seed", metavar="N", type=int, help="of the choice of windows")
-    parser.add_argument("--work-dir", metavar="DIR", help="keeps finished blocks, so that a run can be taken up again")
+    parser.add_argument("model", metavar="MODEL", help="folder of the model, or its name on the Hub")
+    parser.add_argument(
+        "-o", "--output-dir", metavar="DIR", type=Path, required=True, help="folder to save to; new or empty"
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="default", help="set of options to start from (default)")
+    parser.add_argument("--bits", type=int, default=2, help="bits of a weight: 2, 3, 4 or 8 (2)")
+    parser.add_argument("--group-size", metavar="N", type=int, help="number of columns that share a scale")
+    parser.add_argument("--dataset", help="calibration text: a file, or wikitext2 (default: an embedded text)")
+    parser.add_argument("--num-samples", metavar="N", type=int, help="number of calibration windows")
+    parser.add_argument("--seq-length", metavar="N", type=int, help="tokens of a calibration window")
+    parser.add_argument("--seed", metavar="N", type=int, help="seed that selects the calibration windows")
+    parser.add_argument(
+        "--work-dir",
+        metavar="DIR",
+        help="folder that keeps finished blocks, so that an interrupted run can be resumed",
+    )
     parser.add_argument(
         "--set",
         metavar="NAME=VALUE",
@@ -42,15 +53,22 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         help="any other field of D2QuantConfig, such as alpha=0.5; may be repeated",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of what is not quantized (as saved)")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where there is one)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="where the report goes, for machines")
-    parser.add_argument("--figure", metavar="FILE", type=Path, help="where its figure goes: .png, .svg or .pdf")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="dtype of the layers that are not quantized (default: as saved)",
+    )
+    parser.add_argument("--device", help="torch device, such as cpu or cuda:1 (default: cuda if available, else cpu)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="file for the report in JSON")
+    parser.add_argument(
+        "--figure", metavar="FILE", type=Path, help="file for the figure of the report: .png, .svg or .pdf"
+    )
     return parser
 
 
 def main(arguments: list[str]) -> int:
-    """Checks what can be checked without a model, quantizes, and saves."""
+    """Checks the arguments before any model is loaded, then quantizes the model and saves it."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     check_models(parser, {"MODEL": args.model})
@@ -58,11 +76,11 @@ def main(arguments: list[str]) -> int:
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
         parser.error(f"--output-dir {args.output_dir}: is there already and not empty; remove it or name another")
 
-    # Seconds of imports come after the mistakes that need none.
+    # These imports take seconds, so they come after the checks that do not need them.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from trl_gopd.d2quant.hf_quantizer import save_quantized
-    from trl_gopd.d2quant.pipeline import quantize_model
+    from trl_gopd.d2quant.quantize import quantize_model
     from trl_gopd.evaluation import storage
 
     config = _config(parser, args)
@@ -80,13 +98,15 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _config(parser: argparse.ArgumentParser, args: argparse.Namespace):
+def _config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> "D2QuantConfig":
+    """Builds the configuration, and ends the command with an error if a setting is not valid."""
     from trl_gopd.d2quant.config import D2QuantConfig
 
     names = ("group_size", "dataset", "num_samples", "seq_length", "seed", "work_dir")
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     build = D2QuantConfig if args.preset == "default" else getattr(D2QuantConfig, args.preset)
     try:
-        return build(bits=args.bits, **{**settings, **dict(args.set)})
+        config: D2QuantConfig = build(bits=args.bits, **{**settings, **dict(args.set)})
     except (TypeError, ValueError) as error:
         parser.error(str(error))
+    return config

@@ -1,8 +1,13 @@
-"""`trl-gopd train`: distillation from the command line, with the arguments of TRL's own scripts."""
+"""`trl-gopd train`: distillation from the command line, with the same arguments as TRL's own scripts."""
+
+from typing import Any
 
 
-def build_parser():
-    """[`~trl.TrlParser`] over script, trainer, model and data-mixture arguments; `--config FILE` reads YAML."""
+def build_parser() -> Any:
+    """
+    Returns a [`~trl.TrlParser`] for the arguments of script, trainer, model and data mixture. `--config FILE` reads
+    them from a YAML file.
+    """
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
     from trl_gopd import GOPDConfig
@@ -11,7 +16,7 @@ def build_parser():
 
 
 def main(arguments: list[str]) -> int:
-    """Trains, saves, and pushes if asked to."""
+    """Trains the student, saves it, and pushes it to the Hub if `--push_to_hub` is set."""
     script_args, training_args, model_args, dataset_args = build_parser().parse_args_and_config(arguments)
     if training_args.teacher_model_name_or_path is None and not training_args.teacher_models:
         raise SystemExit(
@@ -25,7 +30,8 @@ def main(arguments: list[str]) -> int:
 
     from trl_gopd import GOPDTrainer
 
-    # Frozen models keep the dtype of their checkpoints and are never quantized along with the student.
+    # These options apply to the student. Teacher and reference keep the dtype of their checkpoints and are not
+    # quantized along with the student.
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -39,7 +45,7 @@ def main(arguments: list[str]) -> int:
             script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
         )
     evaluates = training_args.eval_strategy != "no"
-    trainer = GOPDTrainer(
+    trainer: Any = GOPDTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=dataset[script_args.dataset_train_split],

@@ -2,8 +2,8 @@
 Token windows for calibration: consecutive pieces of a text, of which some are drawn with a seed.
 
 As in [GPTQ](https://huggingface.co/papers/2210.17323), the texts of a data set are joined, tokenized once without
-special tokens, and cut: a window is a piece of running text, without padding. For machines without a hub there is a
-text that every Python brings along, the reference of its own language.
+special tokens, and cut into windows of running text, without padding. Where the hub cannot be reached, there is a text
+that every installation of Python contains: the reference of the language.
 """
 
 import os
@@ -20,7 +20,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
-# Between two texts, as in GPTQ's and everybody's perplexity of WikiText-2.
+# Between two texts, as in GPTQ and in common evaluations of perplexity on WikiText-2.
 SEPARATOR = "\n\n"
 ACCEPTED = (
     "`dataset` may be None (the embedded text), 'wikitext2', the path of a text file, a list of strings, a data set "
@@ -44,7 +44,7 @@ def calibration_windows(
         dataset (`str`, `os.PathLike`, `Iterable`, `torch.Tensor` or `None`):
             Where the tokens come from:
 
-            - `None`: [`embedded_text`]`("calibration")`, which is said once;
+            - `None`: [`embedded_text`]`("calibration")`; that it is used is logged once;
             - `"wikitext2"`: the training split of WikiText-2, from the hub;
             - a path: a text file in UTF-8;
             - strings, or rows with a column `text`, or rows with `messages`, which the chat template renders. They
@@ -55,13 +55,13 @@ def calibration_windows(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], `str` or `None`):
             Tokenizer, or its folder or name on the hub. Tokens need none.
         num_samples (`int`):
-            Windows to draw.
+            Number of windows to draw.
         seq_length (`int`):
             Tokens in a window.
         seed (`int`):
             Seed of the draw.
         vocab_size (`int`, *optional*):
-            Rows of the model's embedding; ids must lie below.
+            Number of rows of the model's embedding; all ids must be smaller.
 
     Returns:
         `torch.Tensor` of shape `(num_samples, seq_length)`: int64, on the CPU.
@@ -107,7 +107,7 @@ def calibration_windows(
 
 def token_windows(text: str, tokenizer: Any, seq_length: int) -> Tensor:
     """
-    All consecutive windows of a text, without special tokens; what does not fill the last one is left out.
+    All consecutive windows of a text, without special tokens. Tokens that do not fill a last window are left out.
 
     Args:
         text (`str`):
@@ -176,7 +176,7 @@ def embedded_text(split: Literal["calibration", "evaluation"]) -> str:
     return SEPARATOR.join(parts[split])
 
 
-def read_text(path: str | os.PathLike) -> str:
+def read_text(path: str | os.PathLike[str]) -> str:
     """Content of a text file in UTF-8; one clear error if there is none."""
     # `os.path` answers False where `pathlib` raises: for a text that was given in place of a path.
     if not os.path.isfile(path):
@@ -255,9 +255,10 @@ def _wikitext2() -> list[str]:
     from datasets import load_dataset
 
     try:
-        return load_dataset(*WIKITEXT2, split="train")["text"]
+        texts: list[str] = load_dataset(*WIKITEXT2, split="train")["text"]
     except OSError as error:  # also what the hub's client raises: offline, not found, not allowed
         raise ConnectionError(
             f"WikiText-2 ({WIKITEXT2[0]}) could not be loaded: {error}. Connect to the hub, or pass a text file, or "
             "None for the embedded text."
         ) from error
+    return texts

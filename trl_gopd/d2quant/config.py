@@ -1,8 +1,8 @@
-"""How to quantize, and what a checkpoint must say to be read again."""
+"""Configuration of the quantizer: how to quantize, and what a checkpoint states about itself."""
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import torch
@@ -13,17 +13,17 @@ from .packing import BITS
 
 
 QUANT_METHOD = "d2quant"
-# Of what a checkpoint holds, its configuration included. Readers refuse a newer one.
+# Version of the checkpoint format, configuration included. A newer version is refused when loading.
 FORMAT_VERSION = 1
 ROUNDINGS = ("rtn", "gptq", "gptaq")
 ROTATIONS = (None, "full", "group")
-SCALE_DTYPES = ("float16", "bfloat16", "float32")
+SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
-# What only the machine that quantizes needs: shared by copies, left out of `config.json`.
+# Fields that are only needed while quantizing. They are not copied by `deepcopy`, and not written to `config.json`.
 RUNTIME_FIELDS = ("dataset", "tokenizer", "work_dir")
 
 
-class D2QuantConfig(QuantizationConfigMixin):
+class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
     Configuration of D²Quant, weight-only quantization below four bits: https://huggingface.co/papers/2602.02546.
 
@@ -36,12 +36,14 @@ class D2QuantConfig(QuantizationConfigMixin):
         bits (`int`, *optional*, defaults to `2`):
             Width of a code: 2, 3, 4 or 8.
         group_size (`int`, *optional*, defaults to `64`):
-            Columns of a weight that share a scale. Need not divide the width; the last group has what is left.
+            Number of consecutive columns of a weight that share a scale. It need not divide the width: the last group
+            may be smaller.
         grid (`str`, *optional*, defaults to `"affine"`):
             Codebook of a group: `"affine"` (a scale and an integer zero point), `"midrise"` (a scale; symmetric, with
             no level at zero) or `"bitplane"` (a scale for each bit, as in the authors' release; 2 or 3 bits).
         down_grid (`str`, *optional*):
-            Codebook of the second linear of an MLP, the one that can have a column scale. By default that of the rest.
+            Codebook of the second linear of an MLP, which is the one that can have a column scale. By default it is
+            `grid`, as for all other linears.
         scale_dtype (`str`, *optional*, defaults to `"float16"`):
             Dtype of the stored scales: `"float16"`, `"bfloat16"` or `"float32"`.
         modules_to_not_convert (`list[str]`, *optional*):
@@ -52,7 +54,8 @@ class D2QuantConfig(QuantizationConfigMixin):
 
     Args:
         rounding (`str`, *optional*, defaults to `"gptaq"`):
-            `"rtn"` (to nearest), `"gptq"`, or `"gptaq"`, which aims at what the full-precision model computes.
+            `"rtn"` (round to nearest), `"gptq"`, or `"gptaq"`, which also compensates the difference between the
+            inputs in the quantized and in the full-precision model.
         alpha (`float`, *optional*, defaults to `0.25`):
             Share of the asymmetry that `"gptaq"` compensates.
         damp_percent (`float`, *optional*, defaults to `0.01`):
@@ -76,18 +79,18 @@ class D2QuantConfig(QuantizationConfigMixin):
             Deviation-aware correction (DAC): whether the mean shift at the norm before the MLP is taken back, in
             biases of the linears that read it.
         shift_gate (`float`, *optional*, defaults to `0.0`):
-            Channels of which the mean explains less than this share of the deviation are not corrected.
+            Channels are not corrected if the mean explains less than this share of their deviation's energy.
         shift_shrink (`bool`, *optional*, defaults to `False`):
-            Whether the correction is shrunk by how uncertain the mean is.
+            Whether the correction is shrunk towards 0 where the mean is uncertain.
         rotation (`str`, *optional*):
-            Hadamard rotation of the residual stream before all else: `"full"`, or `"group"`, in blocks of
-            `group_size`. Unties tied embeddings.
+            Hadamard rotation of the residual stream, applied before quantizing: `"full"` mixes all channels, `"group"`
+            mixes each run of `group_size` channels. Tied embeddings are untied.
         tune_epochs (`int`, *optional*, defaults to `3`):
-            Passes over the calibration tokens that tune scales and norms, all blocks at once, to the token
-            distributions of the full-precision model. 0 leaves it out.
+            Number of passes over the calibration tokens in which scales, norms and biases of all blocks are trained on
+            the token distributions of the full-precision model. 0 skips this tuning.
         tune_learning_rate (`float`, *optional*):
-            Step of the tuning, relative to the mean magnitude of each tensor. By default 1e-2 at 2 bits and 5e-3
-            above, where larger steps fit the calibration text more than the model.
+            Learning rate of the tuning, relative to the mean magnitude of each tensor. By default it is 1e-2 at 2
+            bits, and 5e-3 above, where larger rates overfit the calibration text.
 
     > Parameters that control calibration
 
@@ -96,15 +99,15 @@ class D2QuantConfig(QuantizationConfigMixin):
             `None` (an embedded English text), `"wikitext2"`, the path of a text file, a list of strings, a `datasets`
             object or token ids. Not stored.
         tokenizer (*optional*):
-            Tokenizer, or its folder or name; by default that of the model's path. Not stored.
+            Tokenizer, or its folder or name. By default it is loaded from the model's path. Not stored.
         num_samples (`int`, *optional*, defaults to `16`):
-            Windows of tokens.
+            Number of token windows to calibrate on.
         seq_length (`int`, *optional*, defaults to `512`):
-            Tokens in a window.
+            Number of tokens in a window.
         seed (`int`, *optional*, defaults to `0`):
-            Of the choice of windows, the rotation, and the order of the tuning.
+            Seed of the choice of windows, of the rotation, and of the order of windows in the tuning.
         work_dir (`str`, *optional*):
-            Folder for finished blocks: a run that was interrupted goes on from there. Not stored.
+            Folder in which finished blocks are kept, so that an interrupted run can be resumed. Not stored.
 
     > Parameters that a checkpoint states about itself, not to be passed
 
@@ -114,9 +117,9 @@ class D2QuantConfig(QuantizationConfigMixin):
         bias_modules (`list[str]`, *optional*):
             Linears with a bias, by the end of their names.
         input_scale_modules (`list[str]`, *optional*):
-            Linears that scale their input, in the same way.
+            Linears that scale their input, by the end of their names.
         down_modules (`list[str]`, *optional*):
-            Linears on the codebook `down_grid`, in the same way.
+            Linears with the codebook `down_grid`, by the end of their names.
 
     Raises:
         `TypeError`: if a value has the wrong type.
@@ -173,7 +176,7 @@ class D2QuantConfig(QuantizationConfigMixin):
         self.group_size = group_size
         self.grid = grid
         self.down_grid = down_grid
-        # a dtype is no JSON
+        # stored as a string, since JSON has no dtypes
         self.scale_dtype = str(scale_dtype).removeprefix("torch.")
         self.modules_to_not_convert = modules_to_not_convert
         self.rounding = rounding
@@ -253,7 +256,7 @@ class D2QuantConfig(QuantizationConfigMixin):
             `ValueError`: if it is of a newer version, or a value is out of range.
             `TypeError`: if it has a key that is no field, or a value of the wrong type.
         """
-        # before anything else: the other complaints about a newer format would lead astray
+        # Checked first: with a newer format, any other error would be misleading.
         _check_version(config_dict.get("format_version", FORMAT_VERSION))
         fields = vars(cls())
         unknown = [name for name in config_dict if name not in fields]
@@ -262,29 +265,34 @@ class D2QuantConfig(QuantizationConfigMixin):
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `config.json` holds: all fields but those that only the machine that quantizes needs."""
+        """The fields that are written to `config.json`: all but those that are only needed while quantizing."""
         return {name: copy.deepcopy(value) for name, value in vars(self).items() if name not in RUNTIME_FIELDS}
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
 
     def __eq__(self, other: object) -> bool:
-        # the inherited one compares `quant_method` alone
+        # The inherited method compares `quant_method` only.
         return isinstance(other, D2QuantConfig) and self.to_dict() == other.to_dict()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # `from_pretrained` copies its arguments, while a data set may be large, or a generator, which has no copy
+        # `from_pretrained` copies its arguments. A data set may be large, and a generator cannot be copied.
         copied = copy.copy(self)
         for name, value in vars(self).items():
             setattr(copied, name, value if name in RUNTIME_FIELDS else copy.deepcopy(value, memo))
         return copied
 
     def skips(self, name: str) -> bool:
-        """Whether the linear that is called `name` in its model stays as it is."""
+        """Whether the linear called `name` in its model is left in full precision."""
         return is_listed(name, self.modules_to_not_convert)
 
+    @property
+    def torch_scale_dtype(self) -> torch.dtype:
+        """`scale_dtype` as a dtype of torch."""
+        return SCALE_DTYPES[self.scale_dtype]
+
     def grid_of(self, name: str) -> Grid:
-        """Codebook of the linear that is called `name` in its model, once `down_modules` is known."""
+        """Codebook of the linear called `name` in its model, according to the `down_modules` of a checkpoint."""
         return self.down_grid if self.down_grid and is_listed(name, self.down_modules) else self.grid
 
     def post_init(self) -> None:
@@ -302,7 +310,7 @@ class D2QuantConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"`bits` must be 2 or 3 for the grid 'bitplane', got {self.bits}. Use the grid 'affine' or 'midrise'."
             )
-        self._check_choices("scale_dtype", SCALE_DTYPES)
+        self._check_choices("scale_dtype", tuple(SCALE_DTYPES))
         self._check_choices("rounding", ROUNDINGS)
         self._check_number("alpha", 0, 1, "0 is GPTQ.")
         self._check_number("damp_percent", 0, 1, "GPTQ uses 0.01.", open_start=True)
@@ -312,7 +320,7 @@ class D2QuantConfig(QuantizationConfigMixin):
         self._check_integer("tune_epochs", 0, "0 leaves the tuning out.")
         self._check_number("tune_learning_rate", 0, math.inf, "Use 1e-2.", open_start=True)
         self._check_integer("num_samples", 1, "GPTQ uses 128.")
-        # a single token has none to predict and none to attend to
+        # A single token has nothing to predict and nothing to attend to.
         self._check_integer("seq_length", 2, "GPTQ uses 2048.")
         self._check_integer("seed", 0, "Use 0.")
         for name in ("act_group_aware", "hessian_weights", "clip", "column_scale", "mean_shift", "shift_shrink"):
@@ -323,9 +331,9 @@ class D2QuantConfig(QuantizationConfigMixin):
             if value is not None and not (isinstance(value, (list, tuple)) and all(type(v) is str for v in value)):
                 raise TypeError(f"`{name}` must be a list of names of linears, got {value!r}. Pass ['mlp.down_proj'].")
 
-    def _check_choices(self, name: str, accepted: tuple) -> None:
+    def _check_choices(self, name: str, accepted: tuple[Any, ...]) -> None:
         value = getattr(self, name)
-        # of the same type too: True is 1, and 2.0 is 2
+        # The types are compared too, since True == 1 and 2.0 == 2.
         if not any(type(value) is type(choice) and value == choice for choice in accepted):
             raise ValueError(f"`{name}` must be one of {_listed(accepted)}, got {value!r}. Choose one of these.")
 
@@ -341,7 +349,7 @@ class D2QuantConfig(QuantizationConfigMixin):
         interval = f"{'(' if open_start else '['}{start}, {stop}{')' if stop == math.inf else ']'}"
         if type(value) not in (int, float):
             raise TypeError(f"`{name}` must be a number in {interval}, got {value!r}. {remedy}")
-        # written so that NaN is refused
+        # The comparison is written so that NaN is refused.
         if not (start <= value <= stop and value < math.inf and not (open_start and value == start)):
             raise ValueError(f"`{name}` must be in {interval}, got {value}. {remedy}")
 
@@ -360,7 +368,7 @@ def is_listed(name: str, listed: Iterable[str] | None) -> bool:
 
     ```
     """
-    # A base model lacks the prefix that its names have with a head, so the listed one may be the longer.
+    # In a base model, names lack the prefix that they have in a model with a head: a listed name may be the longer.
     return any(f".{name}".endswith(f".{end}") or f".{end}".endswith(f".{name}") for end in listed or ())
 
 

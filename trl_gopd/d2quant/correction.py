@@ -1,11 +1,10 @@
 """
-Deviation-aware correction (DAC): the mean by which quantized attention moves the input of the MLP, and how to take it
-back.
+Deviation-aware correction (DAC) of the mean error that quantized attention causes at the input of the MLP.
 
-Quantizing the attention of a block changes the output y of the norm before its MLP. Per channel the deviation
-`y_full − y_quantized` has a mean μ and a variance σ² over tokens; adding μ removes the share `μ²/(μ² + σ²)` of its
-energy (section 3.3 of [D²Quant](https://huggingface.co/papers/2602.02546)). An RMSNorm has no bias to hold μ. The
-linears that read y do: `Ŵ(y + μ) = Ŵ y + Ŵ μ`.
+Quantizing the attention of a block changes the output y of the norm before its MLP. In each channel, the deviation
+`y_full − y_quantized` has a mean μ and a variance σ² over tokens. Adding μ removes the share `μ²/(μ² + σ²)` of its
+energy (section 3.3 of [D²Quant](https://huggingface.co/papers/2602.02546)). An RMSNorm has no bias to
+which μ could be added, so it is added to the biases of the linears that read y: `Ŵ(y + μ) = Ŵ y + Ŵ μ`.
 """
 
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 
+# Largest magnitude of a shift, as in the authors' release.
 CLIP = 10.0
 
 
@@ -55,18 +55,18 @@ class Deviation:
 
 def mean_shift(deviation: Deviation, *, gate: float = 0.0, shrink: bool = False) -> Tensor:
     """
-    What to add to the norm's output.
+    The shift that is added to the norm's output.
 
     Args:
         deviation ([`Deviation`]):
             Pooled over the calibration tokens.
         gate (`float`, *optional*, defaults to `0.0`):
-            Channels of which μ explains less than this share stay as they are; 0 corrects all, as the paper does.
+            Channels of which μ explains less than this share are not corrected; 0 corrects all, as in the paper.
         shrink (`bool`, *optional*, defaults to `False`):
             Multiplies μ by `max(0, 1 − (σ²/n)/μ²)`, the positive-part shrinkage of a mean known from n tokens.
 
     Returns:
-        `torch.Tensor`: float64 `(channels,)`, within ±10, the release's clip.
+        `torch.Tensor`: float64 `(channels,)`, clipped to ±10 as in the authors' release.
     """
     shift, explained = deviation.mean, deviation.explained
     if shrink:

@@ -42,7 +42,7 @@ class QuantizedWeight:
         scales (`torch.Tensor`): float `(planes, out_features, groups)`, `planes` being `bits` for bit-planes, else 1.
         zero_points (`torch.Tensor`, *optional*): uint8 `(out_features, groups)`; `None` unless the grid is affine.
         bits (`int`): 2, 3, 4 or 8.
-        group_size (`int`): columns that share a scale; the last group has what is left.
+        group_size (`int`): columns that share a scale; the last group may be smaller.
         grid (`str`): one of `GRIDS`.
     """
 
@@ -61,8 +61,9 @@ class QuantizedWeight:
             assert self.zero_points is not None
             return self.scales[0][:, group] * (codes - self.zero_points.to(codes.dtype)[:, group])
         if self.grid == "midrise":
-            return self.scales[0][:, group] * (codes - (2**self.bits - 1) / 2)
-        planes = (self.codes.int() >> torch.arange(self.bits, device=self.codes.device)[:, None, None]) & 1
+            middle: float = (2**self.bits - 1) / 2
+            return self.scales[0][:, group] * (codes - middle)
+        planes: Tensor = (self.codes.int() >> torch.arange(self.bits, device=self.codes.device)[:, None, None]) & 1
         return (self.scales[:, :, group] * (2 * planes - 1).to(self.scales.dtype)).sum(0)
 
 
@@ -87,7 +88,7 @@ class GroupGrid:
 
     def quantize(self, columns: Tensor, column_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """
-        Nearest codes of `columns`, and what they stand for.
+        Nearest codes of `columns`, and the values that they are rebuilt to.
 
         Args:
             columns (`torch.Tensor`): float `(..., rows)`.
@@ -114,11 +115,11 @@ class GroupGrid:
         return codes
 
     def levels(self, codes: Tensor) -> Tensor:
-        """What `codes` `(..., rows)` stand for, before the column scale."""
+        """Values of the levels that `codes` `(..., rows)` number, before the column scale."""
         if self.grid != "bitplane":
             return (codes - self.zero).mul_(self.scales[0])
         first, *others = zip(self.scales, _signs(codes, self.bits), strict=True)
-        values = first[0] * first[1]
+        values: Tensor = first[0] * first[1]
         for scales, signs in others:
             values.addcmul_(scales, signs)
         return values
@@ -162,8 +163,8 @@ def fit_group(
         grid (`str`):
             One of `GRIDS`.
         importance (`torch.Tensor`, *optional*):
-            Float `(columns,)`, `h_j ≥ 0`, of any magnitude; if all are 0, columns weigh alike. So they do by default,
-            when moreover the clipped range is picked by errors to the power 2.4, as in the release.
+            Float `(columns,)`, `h_j ≥ 0`, of any magnitude. If it is not given, or all are 0, columns weigh alike. If
+            it is not given, the clipped range is also chosen by errors to the power 2.4, as in the authors' release.
         column_scale (`bool`, *optional*, defaults to `False`):
             Whether columns get a scale of their own.
         iterations (`int`, *optional*, defaults to `15`):
@@ -199,7 +200,7 @@ def fit_group(
 
 
 def _full_range(columns: Tensor, bits: int, grid: Grid) -> GroupGrid:
-    """The narrowest grid that reaches all of each row: for affine ones from its minimum to its maximum, 0 included."""
+    """The narrowest grid that covers each row; an affine one reaches from its minimum to its maximum, 0 included."""
     top = 2**bits - 1
     low, high = columns.amin(0).clamp_(max=0), columns.amax(0).clamp_(min=0)
     if grid == "midrise":  # the outermost levels are ±s·(2^bits − 1)/2
@@ -243,7 +244,7 @@ def _greedy_planes(columns: Tensor, bits: int, weights: Tensor) -> Tensor:
 
 
 def _alternate_rows(columns: Tensor, fitted: GroupGrid, weights: Tensor, iterations: int) -> GroupGrid:
-    """Without column scales, rows do not see each other: one whose codes stayed as they were is done."""
+    """Without column scales, rows are independent: a row whose codes did not change has converged."""
     scales = fitted.scales.clone()
     zero_points = None if fitted.zero_points is None else fitted.zero_points.clone()
     rows = torch.arange(columns.shape[1], device=columns.device)

@@ -1,11 +1,11 @@
 """
-D2Quant behind `from_pretrained` and `save_pretrained`: the only file that knows the hooks of transformers' quantizers.
+D2Quant in `from_pretrained` and `save_pretrained`. This is the only file that uses transformers' quantizer hooks.
 
 A checkpoint in full precision is loaded as it is and then quantized as a whole, since calibration needs a model that
 runs. A quantized one gets packed linears in place of its dense ones while the model is still on the meta device; their
 tensors are then loaded like any others, by name, shape and dtype.
 
-A checkpoint carries the CRC-32 of each of its tensors. What was damaged, or is not there, is noticed before loading.
+A checkpoint contains the CRC-32 of each of its tensors. Damaged or missing tensors are detected before loading.
 """
 
 import copy
@@ -27,11 +27,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from .config import QUANT_METHOD, RUNTIME_FIELDS, D2QuantConfig, is_listed
+from .convert import empty_packed
 from .linear import D2QuantLinear
 
 
-# What needs models is imported where it is used: registering happens while transformers is being imported, when it has
-# none yet.
+# Modules that need model classes are imported where they are used: this file is imported while transformers itself is
+# being imported, when it has no model classes yet.
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -50,9 +51,9 @@ REMEDY = "Copy or download the checkpoint again, or quantize the model again."
 logger = logging.get_logger(__name__)
 
 
-class D2QuantHfQuantizer(HfQuantizer):
+class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
     """
-    What `from_pretrained` calls for a [`D2QuantConfig`], or for a checkpoint that holds one.
+    The quantizer that `from_pretrained` uses for a [`D2QuantConfig`], or for a checkpoint that contains one.
 
     Args:
         quantization_config ([`D2QuantConfig`]): The configuration.
@@ -67,7 +68,7 @@ class D2QuantHfQuantizer(HfQuantizer):
         self._inserted: list[str] = []
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuses to quantize a model whose weights are kept elsewhere than where they are used."""
+        """Refuses to quantize a model of which some weights are offloaded."""
         if self.pre_quantized:
             return
         places = {str(place) for place in (device_map.values() if isinstance(device_map, dict) else [device_map])}
@@ -90,25 +91,26 @@ class D2QuantHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         if not self.pre_quantized:
-            from .pipeline import quantize_model
+            from .pipeline import quantize_blocks
 
-            self.remove_quantization_config(model)  # it is not quantized yet
-            quantize_model(model, self._tokenizer, self.quantization_config)
+            self.remove_quantization_config(model)  # the model is not quantized yet
+            quantize_blocks(model, self._tokenizer, self.quantization_config)
+            mark_quantized(model, self.quantization_config)
             return
         for name in self._inserted:
             module = model.get_submodule(name)
             for key, parameter in module.named_parameters(recurse=False):
-                # What is offloaded to disk has not been touched.
+                # Parameters that are offloaded to disk are on the meta device, and have no mark.
                 if not getattr(parameter, "_is_hf_initialized", parameter.is_meta):
                     raise ValueError(f"The checkpoint has no `{name}.{key}`, or one of another shape. {REMEDY}")
             module.requires_grad_(False)  # transformers turns it on for all that is floating point
-        # Unless it was loaded from that file, it will not be saved with it, so the reference has to go.
+        # `save_pretrained` copies the modeling file only for a model that was loaded from it: remove the reference.
         references = getattr(model.config, "auto_map", None) or {}
         if any(MODELING_MODULE in reference for reference in references.values()) and not model.is_remote_code():
             del model.config.auto_map
 
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None) -> "PreTrainedModel":
-        # It is a string in the configuration of a model that has been saved.
+        # `dtype` is a string if it comes from the configuration of a saved model.
         dense_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         packed = list(_packed(model))
         offloaded = [name for name, module in packed if module.weight.is_meta]
@@ -122,7 +124,7 @@ class D2QuantHfQuantizer(HfQuantizer):
         without_slot = []
         for name, module in packed:
             original = name.removesuffix(".base_layer")
-            # As loading a dense checkpoint leaves them; the base of an adapter stays frozen.
+            # Trainable, as after loading a dense checkpoint, except for the frozen base of an adapter.
             model.set_submodule(name, module.to_dense(dense_dtype).requires_grad_(name == original))
             if module.bias is not None and plain.get_submodule(original).bias is None:
                 without_slot.append(original)
@@ -135,13 +137,13 @@ class D2QuantHfQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[None, dict[str, str]]:
-        """The metadata for [`~transformers.PreTrainedModel.save_pretrained`], which takes the state dict itself."""
+        """Metadata for [`~transformers.PreTrainedModel.save_pretrained`], which builds the state dict itself."""
         if getattr(model, "_hf_peft_config_loaded", False):
-            return None, {}  # it saves the adapter alone
+            return None, {}  # only the adapter is saved
         return None, {CHECKSUMS: json.dumps(_checksums(model))}
 
     def is_serializable(self) -> bool:
-        """Whether it can be saved. A method, while the next two are properties: so transformers uses them."""
+        """Whether the model can be saved. In transformers this is a method, while the next two are properties."""
         return True
 
     @property
@@ -156,22 +158,22 @@ class D2QuantHfQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """Makes transformers know `"quant_method": "d2quant"`, also if it has been loaded anew."""
+    """Registers `"quant_method": "d2quant"` with transformers; again, if its tables have been reloaded."""
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = D2QuantConfig
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = D2QuantHfQuantizer
 
 
 def mark_quantized(model: "PreTrainedModel", config: D2QuantConfig) -> None:
     """
-    Makes a model with packed linears one that `from_pretrained` could have returned: it can be saved, adapters can be
+    Marks a model with packed linears as quantized, as `from_pretrained` would: it can then be saved, adapters can be
     trained on it, and `model.dequantize()` works.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             With [`~trl_gopd.d2quant.linear.D2QuantLinear`] layers in its decoder blocks; changed in place.
         config ([`D2QuantConfig`]):
-            How it was quantized. `model.config.quantization_config` becomes a copy of it that says which linears are
-            packed, and how.
+            How it was quantized. `model.config.quantization_config` becomes a copy of it that also states which
+            linears are packed, and how.
 
     Raises:
         `ValueError`: if a layer is packed in another way.
@@ -184,23 +186,24 @@ def mark_quantized(model: "PreTrainedModel", config: D2QuantConfig) -> None:
 
 
 def save_quantized(
-    model: "PreTrainedModel", path: str | os.PathLike, *, tokenizer: "PreTrainedTokenizerBase | None" = None
+    model: "PreTrainedModel", path: str | os.PathLike[str], *, tokenizer: "PreTrainedTokenizerBase | None" = None
 ) -> None:
     """
-    Saves a quantized model as a whole or not at all, and so that `trust_remote_code=True` can load it.
+    Saves a quantized model, either completely or not at all, together with the code that `trust_remote_code=True`
+    runs to load it.
 
-    A process in which nobody has imported `trl_gopd` refuses to load the checkpoint. With `trust_remote_code=True` it
-    does load, or asks for `trl_gopd` to be installed.
+    A process that has not imported `trl_gopd` refuses to load the checkpoint. With `trust_remote_code=True` it loads
+    the checkpoint, or asks for `trl_gopd` to be installed.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Quantized with [`D2QuantConfig`].
-        path (`str` or `os.PathLike`): A folder that is empty, or not there yet.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): To be saved along.
+        path (`str` or `os.PathLike`): An empty folder, or one that does not exist yet.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Saved in the same folder.
 
     Raises:
         `TypeError`: if `model` is not a [`~transformers.PreTrainedModel`].
         `ValueError`: if it is not quantized.
-        `FileExistsError`: if there is something at `path`.
+        `FileExistsError`: if `path` is a file, or a folder that is not empty.
         `OSError`: if the disk is full. Nothing is left there then.
     """
     if not isinstance(model, transformers.PreTrainedModel):
@@ -221,10 +224,10 @@ def save_quantized(
         model.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
-        if not model.is_remote_code():  # else the code is among its files
+        if not model.is_remote_code():  # otherwise `save_pretrained` has copied the code
             _add_modeling_code(model, part)
         if path.exists():
-            path.rmdir()  # onto which Windows would not rename
+            path.rmdir()  # on Windows, a folder cannot be renamed to an existing one
         part.rename(path)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -232,7 +235,7 @@ def save_quantized(
 
 
 def _add_modeling_code(model: "PreTrainedModel", folder: Path) -> None:
-    """Puts a file into `folder` whose import registers the quantizer, and names its classes in `config.json`."""
+    """Writes a file into `folder` whose import registers the quantizer, and names its classes in `config.json`."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     names = {"AutoModel": type(model.base_model).__name__}
@@ -263,7 +266,7 @@ def _block_linears(model: "PreTrainedModel") -> dict[str, nn.Linear]:
 
 
 def _describe(model: "PreTrainedModel", config: D2QuantConfig) -> D2QuantConfig:
-    """Copy of `config` with what a checkpoint states about itself, and without what only quantizing needed."""
+    """Copy of `config` with the fields that a checkpoint states about itself, and without those of quantizing only."""
     linears = _block_linears(model)
     packed = {name: module for name, module in linears.items() if isinstance(module, D2QuantLinear)}
     for name, module in packed.items():
@@ -286,7 +289,7 @@ def _describe(model: "PreTrainedModel", config: D2QuantConfig) -> D2QuantConfig:
 
 
 def _ends_of_names(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Shortest list from which `is_listed` tells the `chosen` names: by their names in a block, if these suffice."""
+    """Ends of names that match exactly the `chosen` ones in `is_listed`: names within a block, where possible."""
     chosen = set(chosen)
     others = [name for name in names if name not in chosen]
     ends = set()
@@ -297,24 +300,19 @@ def _ends_of_names(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
 
 
 def _insert_packed(model: "PreTrainedModel", config: D2QuantConfig) -> list[str]:
-    """Puts empty packed linears where the checkpoint has packed ones. Returns their names."""
+    """Replaces the linears that the checkpoint stores packed by empty packed ones. Returns their names."""
     inserted = []
     for name, linear in _block_linears(model).items():
         if config.skips(name):
             continue
-        packed = D2QuantLinear(
-            linear.in_features,
-            linear.out_features,
-            bits=config.bits,
-            group_size=config.group_size,
+        packed = empty_packed(
+            linear,
+            config,
             grid=config.grid_of(name),
             bias=is_listed(name, config.bias_modules),
             input_scale=is_listed(name, config.input_scale_modules),
-            scale_dtype=getattr(torch, config.scale_dtype),
-            dtype=linear.weight.dtype,
-            device=linear.weight.device,
         )
-        packed._is_hf_initialized = True  # or words that are on disk, or missing, would be drawn from a distribution
+        packed._is_hf_initialized = True  # otherwise transformers would draw random weights for it
         model.set_submodule(name, packed)
         inserted.append(name)
     return inserted
@@ -330,7 +328,7 @@ def _check_widths(model: "PreTrainedModel", config: D2QuantConfig) -> None:
 
 
 def _load_tokenizer(model: "PreTrainedModel", config: D2QuantConfig) -> Any:
-    """The tokenizer to calibrate with; `None` if there is none and the data may do without."""
+    """The tokenizer to calibrate with; `None` if none can be loaded and the data need none."""
     tokenizer, data = config.tokenizer, config.dataset
     if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
         return tokenizer
@@ -348,19 +346,19 @@ def _load_tokenizer(model: "PreTrainedModel", config: D2QuantConfig) -> Any:
 
 
 def _checksums(model: "PreTrainedModel") -> dict[str, int]:
-    """CRC-32 of all tensors that a checkpoint will hold under their names in the model."""
+    """CRC-32 of all tensors that a checkpoint will contain under the names that they have in the model."""
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     tensors = remove_tied_weights_from_state_dict(model.state_dict(), model)
     written = revert_weight_conversion(model, tensors)
-    # Not of those that older checkpoints of this family name or shape in another way, nor of those on disk.
+    # Left out are tensors that are renamed or reshaped when saving, and tensors that are offloaded to disk.
     same = {name: tensor for name, tensor in tensors.items() if written.get(name) is tensor and not tensor.is_meta}
     return {name: _crc32(tensor) for name, tensor in same.items() if not hasattr(tensor, "full_tensor")}
 
 
 def _verify(files: Iterable[str]) -> None:
-    """Raises a `ValueError` that names what is damaged or missing in the files of a checkpoint."""
+    """Raises a `ValueError` that names a damaged or missing tensor, if there is one in the files of a checkpoint."""
     expected: dict[str, int] = {}
     seen = set()
     for file in files:

@@ -1,17 +1,17 @@
 """
 `y = x Ŵᵀ + b` for a weight `Ŵ` that stays packed.
 
-A slice of rows of `Ŵ` is rebuilt, multiplied and dropped before the next one: it stays in the cache, the allocator
-hands the same memory out again, and neither the forward nor the backward pass ever holds `Ŵ` as a whole. The value of
-a weight is defined once, by [`dequantize`]: code minus zero point, times the stored scale, in float32, and then cast.
+A slice of rows of `Ŵ` is rebuilt, multiplied and freed before the next one. The slice fits in the cache, its memory is
+used again, and neither the forward nor the backward pass ever holds all of `Ŵ`. The value of a weight is defined once,
+by [`dequantize`]: code minus zero point, times the stored scale, in float32, and then cast.
 
-Generation on a CPU, one token at a time, has a faster way: [`enable_compiled`].
+[`enable_compiled`] turns on a faster kernel for generation on a CPU, one token at a time.
 """
 
 import logging
 from collections.abc import Callable, Iterator
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,9 @@ from .grids import Grid
 from .packing import unpack_rows
 
 
-if TYPE_CHECKING:
-    from .linear import D2QuantLinear
-
-# Elements of a slice: 2 MiB of float32. Less is slower, and more is no faster until it leaves the cache.
+# Elements of a slice: 2 MiB of float32. Smaller slices are slower, and larger ones no faster.
 _SLICE = 2**19
-# Elsewhere a kernel launch costs more than memory does.
+# On an accelerator, many kernel launches cost more than the additional memory.
 _SLICE_ON_ACCELERATOR = 2**26
 # The compiled kernel takes a row at a time; for more rows, rebuilding the weight once is as fast.
 _COMPILED_ROWS = 4
@@ -38,7 +35,7 @@ _compiled: dict[int, Callable[..., Tensor]] | None = None
 
 
 class Packed(NamedTuple):
-    """The tensors of a [`D2QuantLinear`], and how to read them."""
+    """The tensors of a `D2QuantLinear`, and how to read them."""
 
     weight: Tensor
     weight_scale: Tensor
@@ -49,16 +46,20 @@ class Packed(NamedTuple):
     grid: Grid
 
 
-def quantized_linear(x: Tensor, module: "D2QuantLinear") -> Tensor:
+def quantized_linear(
+    x: Tensor, packed: Packed, *, bias: Tensor | None = None, input_scale: Tensor | None = None
+) -> Tensor:
     """
-    What `module` makes of `x`.
+    The output of a linear layer with a packed weight.
 
-    Gradients reach `x`, and the bias and the scales if they require one. What is kept for the backward pass is the
-    packed weight, which is there anyway, and `x` only if scales require a gradient.
+    Gradients flow to `x`, and to the bias and the scales if they require them. The packed weight is kept for the
+    backward pass, and `x` only if the scales require a gradient.
 
     Args:
         x (`torch.Tensor`): `(..., in_features)`, floating point.
-        module ([`D2QuantLinear`]): The layer.
+        packed ([`Packed`]): The weight.
+        bias (`torch.Tensor` of shape `(out_features,)`, *optional*): Added last.
+        input_scale (`torch.Tensor` of shape `(in_features,)`, *optional*): Multiplies `x` first.
 
     Returns:
         `torch.Tensor`: `(..., out_features)` in the dtype of `x`, or of `torch.autocast` where that is on.
@@ -66,13 +67,13 @@ def quantized_linear(x: Tensor, module: "D2QuantLinear") -> Tensor:
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    if module.input_scale is not None:
-        x = x * module.input_scale.to(x.dtype)
-    bias = None if module.bias is None else module.bias.to(x.dtype)
-    rows, packed = x.reshape(-1, x.shape[-1]), module.packed
-    y = _compiled_linear(rows, bias, packed) if _suits_compiled(rows, bias, packed) else None
+    if input_scale is not None:
+        x = x * input_scale.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    y: Tensor | None = _compiled_linear(rows, bias, packed) if _suits_compiled(rows, bias, packed) else None
     if y is None:
-        y = _QuantizedLinear.apply(rows, bias, *packed)
+        y = _QuantizedLinear.apply(rows, bias, *packed)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -189,17 +190,19 @@ def _by_group(matrix: Tensor, parameters: Tensor, group_size: int) -> Iterator[t
     groups = matrix.shape[-1] // group_size
     whole = groups * group_size
     if whole:
-        yield matrix[..., :whole].unflatten(-1, (groups, group_size)), parameters[..., :groups, None]
+        yield torch.unflatten(matrix[..., :whole], -1, (groups, group_size)), parameters[..., :groups, None]
     if whole < matrix.shape[-1]:
         yield matrix[..., None, whole:], parameters[..., groups:, None]
 
 
-# The compiler starts over for every combination of these.
-@torch.inference_mode(False)
-@torch.no_grad()
-@torch.autocast("cpu", enabled=False)
 def _compiled_linear(x: Tensor, bias: Tensor | None, packed: Packed) -> Tensor | None:
     """What `_QuantizedLinear` returns, or `None` if the kernel turned out not to compile."""
+    # The compiler starts over for every combination of these three.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        return _run_compiled(x, bias, packed)
+
+
+def _run_compiled(x: Tensor, bias: Tensor | None, packed: Packed) -> Tensor | None:
     global _compiled
     compiled = _compiled
     if compiled is None:
@@ -247,9 +250,9 @@ def _row_product(bits: int) -> Callable[..., Tensor]:
     """
 
     def product(x: Tensor, words: Tensor, scales: Tensor, zero_points: Tensor) -> Tensor:
-        blocks = words.unflatten(0, (-1, bits))  # (blocks, bits, out_features), a block has 32 codes
-        inputs = x.unflatten(0, (-1, 32))
-        total = -inputs.sum(1)[:, None] * _repeat(zero_points, blocks.shape[0])
+        blocks = torch.unflatten(words, 0, (-1, bits))  # (blocks, bits, out_features), a block has 32 codes
+        inputs = torch.unflatten(x, 0, (-1, 32))
+        total: Tensor = -inputs.sum(1)[:, None] * _repeat(zero_points, blocks.shape[0])
         for position in range(32):
             word, shift = position * bits // 32, position * bits % 32
             codes = blocks[:, word] >> shift

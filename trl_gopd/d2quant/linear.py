@@ -1,4 +1,4 @@
-"""A linear layer whose weight stays packed: at rest, in its forward and in its backward pass."""
+"""A linear layer whose weight stays packed in memory, and in the forward and backward pass."""
 
 from typing import Self
 
@@ -23,7 +23,7 @@ class D2QuantLinear(nn.Linear):
         in_features (`int`): Size of an input.
         out_features (`int`): Size of an output.
         bits (`int`): Width of a code: 2, 3, 4 or 8.
-        group_size (`int`): Columns that share a scale. The last group has what is left.
+        group_size (`int`): Columns that share a scale. The last group may be smaller.
         grid (`str`, *optional*, defaults to `"affine"`): `"affine"`, `"midrise"` or `"bitplane"`, see `grids`.
         bias (`bool`, *optional*, defaults to `False`): Whether there is a bias.
         input_scale (`bool`, *optional*, defaults to `False`):
@@ -70,7 +70,7 @@ class D2QuantLinear(nn.Linear):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # the one of `nn.Linear` would make a dense weight
+        nn.Module.__init__(self)  # `nn.Linear.__init__` would allocate a dense weight
         check_bits(bits)
         if group_size < 1:
             raise ValueError(
@@ -157,7 +157,7 @@ class D2QuantLinear(nn.Linear):
 
     @property
     def packed(self) -> Packed:
-        """The weight as the kernels read it."""
+        """The packed tensors and their layout, as the kernels take them."""
         return Packed(
             self.weight,
             self.weight_scale,
@@ -169,8 +169,8 @@ class D2QuantLinear(nn.Linear):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        """`(..., in_features)` to `(..., out_features)`, both in the dtype of the input, as that of a linear layer."""
-        return quantized_linear(input, self)
+        """Maps `(..., in_features)` to `(..., out_features)`, in the dtype of the input, as a linear layer does."""
+        return quantized_linear(input, self.packed, bias=self.bias, input_scale=self.input_scale)
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -188,7 +188,7 @@ class D2QuantLinear(nn.Linear):
         return (dequantize(self.packed, torch.float32) * self.input_scale.float()).to(dtype or torch.float32)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """Frozen [`~torch.nn.Linear`] of the same function, in `dtype` or float32."""
+        """Frozen dense [`~torch.nn.Linear`] that computes the same function, in `dtype` or float32."""
         dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         dense.weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
         if self.bias is not None:
@@ -197,7 +197,7 @@ class D2QuantLinear(nn.Linear):
 
     @torch.no_grad()
     def unpack(self) -> QuantizedWeight:
-        """Codes, zero points, and the stored scales in float32. The scale of the inputs is not part of it."""
+        """Codes, zero points, and the stored scales in float32. The scale of the inputs is not included."""
         scales = self.weight_scale.view(-1, *self.weight_scale.shape[-2:]).mT
         zero_points = self.weight_zero_point
         return QuantizedWeight(
@@ -210,7 +210,7 @@ class D2QuantLinear(nn.Linear):
         )
 
     def reset_parameters(self) -> None:
-        """Does nothing: codes come from a checkpoint or from [`from_quantized`], there is no distribution of them."""
+        """Does nothing: codes come from a checkpoint or from [`from_quantized`], and are never drawn at random."""
 
     def extra_repr(self) -> str:
         scaled = ", input_scale=True" if self.input_scale is not None else ""

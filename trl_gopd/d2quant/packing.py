@@ -105,7 +105,7 @@ def unpack_rows(words: Tensor, bits: int, dtype: torch.dtype = torch.uint8) -> T
         index = torch.stack((low | (middle & 15) << 8, middle >> 4 | high << 4), -1)
     four_codes = torch.arange(16**bits, dtype=torch.int32, device=words.device)[:, None]
     shifts = torch.arange(0, 4 * bits, bits, dtype=torch.int32, device=words.device)
-    table = (four_codes >> shifts & (2**bits - 1)).to(dtype)
+    table: Tensor = (four_codes >> shifts & (2**bits - 1)).to(dtype)
     return table.index_select(0, index.flatten()).view(rows, length)
 
 

@@ -1,9 +1,9 @@
 """
-Makes `import trl_gopd` enough for transformers to know `"quant_method": "d2quant"`, without importing transformers.
+Registers `"quant_method": "d2quant"` with transformers when `trl_gopd` is imported, without importing transformers.
 
-transformers has no plugins: what it knows stands in two tables of `transformers.quantizers.auto`, and a method it does
-not know is skipped with a warning. Importing that module takes seconds, so it is waited for: a finder on
-`sys.meta_path` lets the others find it, and adds our entries right after it has run, each time that it runs.
+transformers has no plugin mechanism. It looks up quantizers in two tables of `transformers.quantizers.auto`, and skips
+a method that is not there with a warning. Importing that module takes seconds, so we wait until someone else does: a
+finder on `sys.meta_path` wraps the module's loader, and adds our entries each time that the module has been executed.
 """
 
 import sys
@@ -19,7 +19,7 @@ TABLES = "transformers.quantizers.auto"
 
 
 def install() -> None:
-    """Registers the quantizer as soon as transformers' tables are there: now, or once they are imported."""
+    """Registers the quantizer now if transformers' tables are imported already, and otherwise once they are."""
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
     # Looked up after the finder is in place, so that no import by another thread falls in between.
@@ -29,12 +29,12 @@ def install() -> None:
 
 
 def _register() -> None:
-    # The module registers itself when it is first imported. If that import is what brought us here, it is not done.
+    # The module registers itself when it is first imported. During that import, it has no `register` yet.
     getattr(import_module("trl_gopd.d2quant.hf_quantizer"), "register", lambda: None)()
 
 
 class _Finder:
-    """Finds the tables as the finders after it do, and watches them run."""
+    """Finds the tables with the other finders, and wraps their loader."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -50,13 +50,14 @@ class _Finder:
 
 
 class _Loader(Loader):
-    """Runs a module with its own loader, which it hands back before, and then registers."""
+    """Restores the module's own loader, executes the module with it, and then registers the quantizer."""
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
+        module: ModuleType | None = self.loader.create_module(spec)
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None

@@ -1,12 +1,12 @@
 """
 Rotation of the residual stream, which spreads outliers over all channels and leaves the logits as they were.
 
-A block reads the stream through RMSNorms and adds to it. Once the scales of the norms are in the linears after them,
-an orthogonal matrix Q passes: the norm of `hQ` is that of `h`, so with `W ← WQ` in all that reads the stream and
-`W ← QᵀW` in all that writes it, the stream is `hQ` and nothing else changes
-([SliceGPT](https://huggingface.co/papers/2401.15024), [QuaRot](https://huggingface.co/papers/2404.00456)). What
-`o_proj` and `down_proj` read is not rotated: inference needs no product more, and a column scale of `down_proj` can
-still be absorbed.
+A block reads the stream through RMSNorms and adds to it. Once the scales of the norms have been moved into the linears
+after them, the norm of `hQ` is that of `h` for an orthogonal matrix Q. With `W ← WQ` in every linear that reads the
+stream and `W ← QᵀW` in every linear that writes it, the stream becomes `hQ` and nothing else changes
+([SliceGPT](https://huggingface.co/papers/2401.15024), [QuaRot](https://huggingface.co/papers/2404.00456)). The
+inputs of `o_proj` and `down_proj` are not rotated: inference needs no additional product, and a column scale of
+`down_proj` can still be absorbed.
 
 The authors' release of [D2Quant](https://huggingface.co/papers/2602.02546) also takes the mean off each embedding.
 That is exact before a LayerNorm only, and left out.
@@ -111,18 +111,18 @@ def rotation_matrix(size: int, *, seed: int = 0) -> Tensor:
     odd = size // (size & -size)
     index = torch.arange(odd, dtype=torch.float64)
     angles = 2 * torch.pi / odd * torch.outer(index, index)
-    matrix = (angles.cos() + angles.sin()) / odd**0.5
+    matrix: Tensor = (angles.cos() + angles.sin()) / odd**0.5
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / 2**0.5
-    signs = torch.randint(2, (size, 1), generator=torch.Generator().manual_seed(seed))
-    return matrix * (2 * signs - 1)
+    signs: Tensor = 2 * torch.randint(2, (size, 1), generator=torch.Generator().manual_seed(seed)) - 1
+    return matrix * signs
 
 
 def _rotate_rows(weight: Tensor, matrix: Tensor) -> None:
     """`weight ← weight · Q` in place; `weight` is `(rows, hidden_size)`, or a view of that shape."""
     matrix = matrix.to(weight.device)
-    for rows in weight.split(CHUNK_ROWS):
-        rows.copy_((rows.double().unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2))
+    for rows in torch.split(weight, CHUNK_ROWS):
+        rows.copy_((torch.unflatten(rows.double(), -1, (-1, len(matrix))) @ matrix).flatten(-2))
 
 
 def _norm_readers(model: PreTrainedModel, topology: Topology) -> dict[str, tuple[str, ...]]:

@@ -1,5 +1,5 @@
 """
-Rounding a weight matrix to a grid: to nearest, or with the error of each column compensated by the columns after it.
+Rounding a weight matrix to a grid, to nearest or with the error of each column compensated by the columns after it.
 
 Notation: a linear computes `W x` for tokens x; `W` is `(out_features, in_features)`. Over the calibration tokens,
 `H = 2/n Σ x xᵀ` is the Hessian of the squared output error in a row of W, and `D = 2/n Σ (x̃ − x) xᵀ` the asymmetry,
@@ -29,7 +29,7 @@ class RoundingResult:
         weight ([`QuantizedWeight`]):
             The quantized matrix, columns in their original order, without the column scale.
         column_scale (`torch.Tensor`, *optional*):
-            float32 `(in_features,)`: the dual scale that the rebuilt columns are yet to be multiplied by.
+            float32 `(in_features,)`: the dual scale, by which the dequantized columns must still be multiplied.
     """
 
     weight: QuantizedWeight
@@ -67,8 +67,8 @@ def round_weight(
         weight (`torch.Tensor`):
             `(out_features, in_features)`, any float dtype.
         hessian (`torch.Tensor`, *optional*):
-            float32 `(in_features, in_features)`, H. A column whose diagonal is 0 was never used; its weights are taken
-            to be 0.
+            float32 `(in_features, in_features)`, H. A column whose diagonal is 0 was never used, and its weights are
+            set to 0.
         asymmetry (`torch.Tensor`, *optional*):
             float32 `(in_features, in_features)`, D.
         bits (`int`), group_size (`int`), grid (`str`):
@@ -77,20 +77,20 @@ def round_weight(
         alpha (`float`, *optional*, defaults to `0.25`):
             Share of the asymmetry that is compensated; the value of the GPTAQ paper.
         damp_percent (`float`, *optional*, defaults to `0.01`):
-            Added to the diagonal of H, times its mean.
+            Share of the mean of H's diagonal that is added to the diagonal.
         act_group_aware (`bool`, *optional*, defaults to `True`):
-            Visits columns by decreasing H_jj within their group, and groups by decreasing maximum. Groups stay
-            together, so that the stored group of column j is `j // group_size`.
+            Whether columns are visited by decreasing H_jj within their group, and groups by their largest H_jj. Groups
+            stay together, so that the stored group of column j is `j // group_size`.
         hessian_weights (`bool`, *optional*, defaults to `True`):
-            Weighs columns by H_jj when codebooks are fitted.
+            Whether columns are weighted by H_jj when codebooks are fitted.
         column_scale (`bool`, *optional*, defaults to `False`):
-            Fits the dual scale (DSQ).
+            Whether the dual scale (DSQ) is fitted.
         iterations (`int`, *optional*, defaults to `15`):
-            Alternations of the fit.
+            Number of alternations of the fit.
         clip (`bool`, *optional*, defaults to `True`):
             Whether the fit starts from the best clipped range rather than from the full one.
         scale_dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
-            What scales will be stored in; they are rounded before any weight is.
+            Dtype in which scales will be stored. They are rounded to it before any weight is rounded.
 
     Returns:
         [`RoundingResult`]: codes, group parameters and column scales.
@@ -99,7 +99,7 @@ def round_weight(
         ValueError: If the damped H is not positive definite.
     """
     rows, columns = weight.shape
-    groups = torch.arange(columns, device=weight.device).split(group_size)
+    groups = torch.split(torch.arange(columns, device=weight.device), group_size)
     if hessian is not None and act_group_aware:
         groups = _order(groups, hessian.diagonal())
     order = torch.cat(groups)
@@ -180,7 +180,8 @@ def inverse_factor(hessian: Tensor, damp_percent: float) -> Tensor:
             "Raise it, or calibrate on more tokens."
         )
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    reversed_factor: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return reversed_factor.flip(0, 1)
 
 
 def _order(groups: tuple[Tensor, ...], diagonal: Tensor) -> tuple[Tensor, ...]:
@@ -198,7 +199,7 @@ def _sweep_group(
         frozen    |  · · · i | → → → → | → → → → later groups
                      inside the block: when its turn comes; to the right of it: once a block, in one product
 
-    A column of `current` keeps what it was when its turn came, the value that GPTAQ's shift needs.
+    A column of `current` is not replaced by its rounded values: GPTAQ's shift needs what it was when its turn came.
     """
     codes = torch.empty(stop - start, current.shape[1], dtype=torch.uint8, device=current.device)
     scale = fitted.column_scale

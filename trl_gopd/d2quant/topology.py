@@ -1,22 +1,25 @@
 """
-What a quantizer must know about a decoder: which linears read the same tensor, which scales and shifts pass through.
+Topology of a decoder: which linears read the same tensor, and which scales and shifts can be moved between modules.
 
-Nothing is looked up by model type. One forward pass of four tokens, with hooks, tells the order of the linears and who
-reads what; each exact transform is then tried on the block it is claimed for, and believed only if no bit of the
-block's output moves. So a family nobody has seen is described correctly, or without the transform, with a reason.
+Nothing is looked up by model type. One forward pass of four tokens, with hooks, shows the order of the linears and
+which tensor each of them reads. Each exact transform is then tried on the block, and accepted only if the block's
+output stays the same in every bit. A family that is not known yet is therefore either described correctly, or
+described without the transform, together with the reason.
 
-Layers of a block fall in two halves: modules whose class is named `…Attention…`, as transformers names all of them,
-and the rest, its MLP.
+A block has two parts: modules whose class is named `…Attention…`, as transformers names all of them, and the rest,
+which is its MLP.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
+
+from .exact_transforms import ScalePair, find_residual_writers, find_scale_pairs, shift_passes
+from .recording import Call, evaluation_mode, noise_like, record_calls
 
 
 @dataclass(frozen=True)
@@ -29,24 +32,6 @@ class Stage:
     """
 
     linears: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class ScalePair:
-    """
-    A producer into which the column scale `c` of a consumer is absorbed exactly, for every `c > 0`:
-
-        consumer.weight /= c;   producer.weight[rows] *= c[:, None];   producer.bias[rows] *= c
-
-    Args:
-        producer (`str`): linear whose rows are scaled, relative to the block: `mlp.up_proj`; `fc1` before a ReLU.
-        consumer (`str`): linear whose columns are divided: `mlp.down_proj`.
-        rows (`slice`): output rows of the producer, as many as the consumer has columns; the up half of a fused pair.
-    """
-
-    producer: str
-    consumer: str
-    rows: slice
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +72,12 @@ class Block:
     norm_readers: Mapping[str, tuple[str, ...]]
     residual_writers: tuple[str, ...]
     full_precision: Mapping[str, str]
+
+    def linear(self, name: str) -> nn.Linear:
+        """The linear of that name, dense or packed."""
+        linear = self.module.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        return linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,8 +139,8 @@ def find_topology(model: PreTrainedModel) -> Topology:
         raise ValueError("`model` must hold its weights, got them on the meta device. Load them: it has to run.")
     names = {module: name for name, module in model.named_modules()}
     input_ids = torch.arange(4, device=embeddings.weight.device)[None] % embeddings.weight.shape[0]
-    with _evaluation_mode(model), torch.no_grad():
-        calls = _record(model, lambda: model(input_ids=input_ids, use_cache=False))
+    with evaluation_mode(model), torch.no_grad():
+        calls = record_calls(model, lambda: model(input_ids=input_ids, use_cache=False))
         blocks = tuple(_describe_block(names[module], module, calls) for module in modules)
     last_block = max(index for index, call in enumerate(calls) if call.name == blocks[-1].name)
     norms = [call.name for call in calls[last_block:] if _is_norm(call.module)]
@@ -199,40 +190,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return name, lists[name]
 
 
-@dataclass(frozen=True)
-class _Call:
-    """
-    One call of a module. `reads` and `writes` tell its first argument and its result from all other tensors; they are
-    kept here, because an address is used again once its tensor is gone.
-    """
-
-    name: str
-    module: Any
-    args: tuple
-    kwargs: dict[str, Any]
-    result: Any
-    reads: tuple[int, int, int] | None
-    writes: tuple[int, int, int] | None
-
-    def repeat(self) -> Any:
-        return _first_tensor(self.module(*self.args, **self.kwargs))
-
-
-def _record(root: nn.Module, run: Callable[[], Any]) -> list[_Call]:
-    """Calls of `root` and all modules in it during `run`, in the order in which they return."""
-    calls: list[_Call] = []
-    with ExitStack() as hooks:
-        for name, module in root.named_modules():
-
-            def record(module, args, kwargs, result, name=name):
-                calls.append(_Call(name, module, args, kwargs, result, _identity(args), _identity(result)))
-
-            hooks.callback(module.register_forward_hook(record, with_kwargs=True).remove)
-        run()
-    return calls
-
-
-def _describe_block(name: str, block: nn.Module, calls: list[_Call]) -> Block:
+def _describe_block(name: str, block: nn.Module, calls: list[Call]) -> Block:
     call = next(call for call in calls if call.name == name)
     own = {"": call} | {c.name.removeprefix(f"{name}."): c for c in calls if c.name.startswith(f"{name}.")}
     experts, gates = _experts(block), _expert_gates(block)
@@ -244,7 +202,7 @@ def _describe_block(name: str, block: nn.Module, calls: list[_Call]) -> Block:
     norm_of = {linear: n for n, found in readers.items() for linear in found}
     attention_norm = next((norm_of.get(n) for n in attention), None)
     mlp_norm = next((norm_of.get(n) for n in mlp), None)
-    norm_readers = {n: found for n, found in readers.items() if found and _shift_passes(own, n, found)}
+    norm_readers = {n: found for n, found in readers.items() if found and shift_passes(own, n, found)}
 
     shift_reason = None
     if _holds_experts(block):
@@ -262,7 +220,7 @@ def _describe_block(name: str, block: nn.Module, calls: list[_Call]) -> Block:
         own |= _run_expert(parent, block.get_submodule(parent))
     mlp |= {n: own[n] for n in experts if n in own}
     stages = _stages({n: c for n, c in (linears | mlp).items() if n not in gates})
-    scale_pairs, scale_reasons = _scale_pairs(own, mlp)
+    scale_pairs, scale_reasons = find_scale_pairs(own, mlp)
     return Block(
         name=name,
         module=block,
@@ -275,129 +233,23 @@ def _describe_block(name: str, block: nn.Module, calls: list[_Call]) -> Block:
         shift_reason=shift_reason,
         norms=tuple(n for n in norms if not _is_in_attention(block, n)),
         norm_readers=norm_readers,
-        residual_writers=_residual_writers(own, linears),
+        residual_writers=find_residual_writers(own, linears),
         full_precision=_full_precision(block, stages, gates),
     )
 
 
-def _run_expert(name: str, expert: nn.Module) -> dict[str, _Call]:
-    """Calls in an expert that is run by itself, because four tokens do not reach all of them."""
+def _run_expert(name: str, expert: nn.Module) -> dict[str, Call]:
+    """Calls in an expert that is run on its own, because four tokens are not routed to all experts."""
     first = next(module for module in expert.modules() if isinstance(module, nn.Linear))
-    tokens = _noise(first.weight.new_empty(4, first.in_features))
-    return {f"{name}.{call.name}".rstrip("."): call for call in _record(expert, lambda: expert(tokens))}
+    tokens = noise_like(first.weight.new_empty(4, first.in_features))
+    return {f"{name}.{call.name}".rstrip("."): call for call in record_calls(expert, lambda: expert(tokens))}
 
 
-def _stages(linears: Mapping[str, _Call]) -> tuple[Stage, ...]:
+def _stages(linears: Mapping[str, Call]) -> tuple[Stage, ...]:
     stages: dict[Any, tuple[str, ...]] = {}
     for name, call in linears.items():
         stages[call.reads] = (*stages.get(call.reads, ()), name)
     return tuple(Stage(names) for names in stages.values())
-
-
-def _scale_pairs(
-    calls: Mapping[str, _Call], linears: Mapping[str, _Call]
-) -> tuple[tuple[ScalePair, ...], dict[str, str]]:
-    """Pairs among the linears of an MLP, and why the other second layers have none."""
-    pairs, reasons = [], {}
-    for index, (consumer, call) in enumerate(linears.items()):
-        size, parent = call.module.in_features, consumer.rpartition(".")[0]
-        producers = {
-            name: linear.module
-            for name, linear in list(linears.items())[:index]
-            if name.rpartition(".")[0] == parent
-            and linear.reads != call.reads
-            and linear.module.out_features in (size, 2 * size)
-        }
-        candidates = [
-            ScalePair(name, consumer, slice(start, start + size))
-            for name, producer in producers.items()
-            for start in range(0, producer.out_features, size)
-        ]
-        while parent not in calls:  # its parts are called one by one, by a module above
-            parent = parent.rpartition(".")[0]
-        exact = [pair for pair in candidates if _scale_passes(calls[parent], pair, producers, call.module)]
-        if exact:
-            pairs.append(exact[-1])
-        elif candidates:
-            between = [type(m).__name__ for m in calls[parent].module.children() if not list(m.parameters())]
-            between = [name for name in between if "Dropout" not in name]
-            reasons[consumer] = f"no scale of its input passes through {' or '.join(between) or 'its activation'}"
-    return tuple(pairs), reasons
-
-
-def _scale_passes(mlp: _Call, pair: ScalePair, producers: Mapping[str, nn.Module], consumer: nn.Linear) -> bool:
-    """
-    Whether scales move from `pair.consumer` to `pair.producer` without a trace. They are powers of two, so an exact
-    transform moves no bit. The producers give noise: with small or large weights a GELU would pass for linear.
-    """
-    scales = torch.exp2(_noise(consumer.weight.new_empty(consumer.in_features)).sign())
-
-    def outcome(scales: Tensor | float) -> tuple[Tensor, Tensor]:
-        inputs = []
-
-        def produce(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            output = _noise(output, seed=1)
-            if module is producers[pair.producer]:
-                output[..., pair.rows] *= scales
-            return output
-
-        def consume(module: nn.Module, args: tuple) -> tuple:
-            inputs.append(args[0] / scales)
-            return (inputs[-1], *args[1:])
-
-        with ExitStack() as hooks:
-            for producer in producers.values():
-                hooks.callback(producer.register_forward_hook(produce).remove)
-            hooks.callback(consumer.register_forward_pre_hook(consume).remove)
-            return mlp.repeat(), inputs[-1]
-
-    return all(map(torch.equal, outcome(1.0), outcome(scales)))
-
-
-def _shift_passes(calls: Mapping[str, _Call], norm: str, readers: tuple[str, ...]) -> bool:
-    """Whether a shift of what `norm` returns, and the same shift of what `readers` read, have one effect."""
-
-    def shift(values: Tensor) -> Tensor:
-        return values + _noise(values[..., :1, :])
-
-    with ExitStack() as hooks:
-        hook = calls[norm].module.register_forward_hook(lambda module, args, output: shift(output))
-        hooks.callback(hook.remove)
-        expected = calls[""].repeat()
-    with ExitStack() as hooks:
-        for reader in readers:
-            hook = calls[reader].module.register_forward_pre_hook(lambda module, args: (shift(args[0]), *args[1:]))
-            hooks.callback(hook.remove)
-        return torch.equal(calls[""].repeat(), expected)
-
-
-def _residual_writers(calls: Mapping[str, _Call], linears: Mapping[str, _Call]) -> tuple[str, ...]:
-    """
-    Linears that add a multiple of their output to what enters the block: with zeros there and from all other such
-    linears, a flip and powers of two come through. Without their outputs the block must return its input.
-    """
-    block = calls[""]
-    hidden_states = _first_tensor(block.args)
-    if hidden_states is None:
-        return ()
-    candidates = {n: c.module for n, c in linears.items() if c.module.out_features == hidden_states.shape[-1]}
-    scales = torch.exp2(_noise(hidden_states[..., :1, :]).sign())
-
-    def run(hidden_states: Tensor, outputs: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
-        with ExitStack() as hooks:
-            for name, output_of in outputs.items():
-                hook = candidates[name].register_forward_hook(lambda m, args, output, f=output_of: f(_noise(output)))
-                hooks.callback(hook.remove)
-            return _first_tensor(block.module(hidden_states, *block.args[1:], **block.kwargs))
-
-    writers, silent = [], dict.fromkeys(candidates, torch.zeros_like)
-    for name in candidates:
-        plain = run(torch.zeros_like(hidden_states), silent | {name: lambda noise: noise})
-        moved = run(torch.zeros_like(hidden_states), silent | {name: lambda noise: noise.flip(-1) * scales})
-        if plain.any() and torch.equal(moved, plain.flip(-1) * scales):
-            writers.append(name)
-    is_complete = torch.equal(run(hidden_states, dict.fromkeys(writers, torch.zeros_like)), hidden_states)
-    return tuple(writers) if is_complete else ()
 
 
 def _full_precision(block: nn.Module, stages: tuple[Stage, ...], gates: list[str]) -> dict[str, str]:
@@ -446,33 +298,3 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _linears(module: nn.Module) -> list[str]:
     return [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
-
-
-def _first_tensor(values: Any) -> Any:
-    if isinstance(values, Mapping):
-        values = tuple(values.values())
-    if isinstance(values, (tuple, list)):
-        return next((value for value in values if isinstance(value, Tensor)), None)
-    return values if isinstance(values, Tensor) else None
-
-
-def _identity(values: Any) -> tuple[int, int, int] | None:
-    """What a tensor shares with its views of full size, and not with other tensors or its own later contents."""
-    tensor = _first_tensor(values)
-    return None if tensor is None else (tensor.data_ptr(), tensor._version, tensor.numel())
-
-
-def _noise(like: Tensor, seed: int = 0) -> Tensor:
-    """Normal tensor of the shape, dtype and device of `like`; it leaves the global random state alone."""
-    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like)
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -1,16 +1,18 @@
 """
-Tuning what a quantized model can still move for free: scales, norms and biases, all blocks at once.
+Tuning of the continuous parameters of a quantized model: scales, norms and biases of all blocks at once.
 
-Rounding block by block aims at each block's output. What counts is the distribution of the next token, so once all
-codes are fixed, the continuous parameters are trained on
+Rounding minimises an error block by block, while what matters is the distribution of the next token. Once all codes
+are fixed, the continuous parameters are therefore trained on
 
     KL(p_full ‖ p_quantized), mean over the calibration tokens,
 
-by Adam. This holds everything that an absorbed column scale (DSQ) and a folded shift (DAC) can do: the first is a
-scaling of the rows of `up_proj`, the second a bias. Nothing is stored that was not stored before, and codes stay.
+by Adam. The codes stay as they are, and no parameter is added. An absorbed column scale (DSQ) scales the rows of
+`up_proj` and a folded shift (DAC) is a bias, so both are among the parameters that are tuned.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,9 +30,9 @@ from trl_gopd.evaluation.resources import return_freed_memory
 
 if TYPE_CHECKING:
     from trl_gopd.d2quant.config import D2QuantConfig
-    from trl_gopd.d2quant.pipeline import BlockCalls
+    from trl_gopd.d2quant.streams import BlockCalls
 
-# Tokens whose logits exist at a time: 6 MiB each for a vocabulary of 49,152, and half a dozen of them.
+# Tokens whose logits are in memory at a time: 6 MiB for a vocabulary of 49,152, times about six tensors.
 CHUNK = 32
 BETAS = (0.9, 0.95)
 WARMUP_STEPS = 4
@@ -46,13 +48,13 @@ def tune(
     config: "D2QuantConfig",
 ) -> list[float]:
     """
-    Tunes a quantized model in place, a window a step; a block's activations are recomputed in its backward pass.
+    Tunes a quantized model in place, with one window per step. Activations are recomputed in the backward pass.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Quantized; its head and final norm are those of the full-precision model, and stay as they are.
+            The quantized model. Its head and final norm are those of the full-precision model, and are not tuned.
         topology ([`Topology`]), calls ([`BlockCalls`]):
-            Of the model.
+            Its topology, and how to run its blocks.
         starts (`list[torch.Tensor]`), full (`list[torch.Tensor]`):
             Hidden states `(1, tokens, hidden_size)` of each window: before the first block, and after the last one of
             the full-precision model.
@@ -60,43 +62,19 @@ def tune(
             `tune_epochs`, `tune_learning_rate` and `seed` are used.
 
     Returns:
-        `list[float]`: mean loss of each epoch. Nats a token; for a model without a head the squared error of the final
-        hidden states, relative to their mean square.
+        `list[float]`: mean loss of each epoch, in nats per token. For a model without a head it is the squared error
+        of the final hidden states, relative to their mean square.
     """
-    stored = {m: m.weight_scale.dtype for m in model.modules() if isinstance(m, D2QuantLinear)}
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    for module in stored:
-        module.weight_scale = nn.Parameter(module.weight_scale.float(), requires_grad=False)
-    try:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        with torch.enable_grad():
-            return _train(model, topology, calls, starts, full, config)
-    finally:
-        for module, dtype in stored.items():
-            module.weight_scale = nn.Parameter(module.weight_scale.detach().to(dtype), requires_grad=False)
-        for parameter, value in required.items():
-            parameter.requires_grad_(value)
-
-
-def _train(
-    model: PreTrainedModel,
-    topology: Topology,
-    calls: "BlockCalls",
-    starts: list[Tensor],
-    full: list[Tensor],
-    config: "D2QuantConfig",
-) -> list[float]:
-    tuned = list(_tuned_parameters(topology))
-    masters = [parameter.detach().float().clone() for parameter in tuned]
-    groups = [{"params": [master], "size": float(master.abs().mean())} for master in masters]
-    optimizer = torch.optim.Adam(groups, lr=0.0, betas=BETAS)
     generator = torch.Generator().manual_seed(config.seed)
     steps = config.tune_epochs * len(starts)
     losses: list[float] = []
-    for parameter in tuned:
-        parameter.requires_grad_(True)
-    with tqdm(total=steps, desc="Tuning", unit="step", disable=None) as bar:
+    with (
+        _trainable_parameters(model, topology) as tuned,
+        tqdm(total=steps, desc="Tuning", unit="step", disable=None) as bar,
+    ):
+        masters = [parameter.detach().float().clone() for parameter in tuned]
+        groups = [{"params": [master], "size": float(master.abs().mean())} for master in masters]
+        optimizer = torch.optim.Adam(groups, lr=0.0, betas=BETAS)
         for _ in range(config.tune_epochs):
             total = 0.0
             for index in torch.randperm(len(starts), generator=generator).tolist():
@@ -105,12 +83,7 @@ def _train(
                 rate *= 0.5 * (1 + math.cos(math.pi * bar.n / steps))
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["size"]
-                for parameter, master in zip(tuned, masters, strict=True):
-                    master.grad = None if parameter.grad is None else parameter.grad.float()
-                    parameter.grad = None
-                optimizer.step()
-                for parameter, master in zip(tuned, masters, strict=True):
-                    parameter.data.copy_(master)
+                _step(optimizer, tuned, masters)
                 return_freed_memory()
                 bar.update()
             losses.append(total / len(starts))
@@ -118,8 +91,43 @@ def _train(
     return losses
 
 
-def _tuned_parameters(topology: Topology):
-    """Floating-point parameters of the blocks that are one number a row or a channel: no dense matrix among them."""
+@contextmanager
+def _trainable_parameters(model: PreTrainedModel, topology: Topology) -> Iterator[list[nn.Parameter]]:
+    """
+    The parameters to tune. In the body they alone require gradients, and scales are in float32; afterwards, dtypes and
+    `requires_grad` are what they were.
+    """
+    stored = {m: m.weight_scale.dtype for m in model.modules() if isinstance(m, D2QuantLinear)}
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for module in stored:
+        module.weight_scale = nn.Parameter(module.weight_scale.float(), requires_grad=False)
+    try:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        tuned = list(_tuned_parameters(topology))
+        for parameter in tuned:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            yield tuned
+    finally:
+        for module, dtype in stored.items():
+            module.weight_scale = nn.Parameter(module.weight_scale.detach().to(dtype), requires_grad=False)
+        for parameter, value in required.items():
+            parameter.requires_grad_(value)
+
+
+def _step(optimizer: torch.optim.Optimizer, tuned: list[nn.Parameter], masters: list[Tensor]) -> None:
+    """One step of the float32 copies `masters` along the gradients of `tuned`, which are set to their new values."""
+    for parameter, master in zip(tuned, masters, strict=True):
+        master.grad = None if parameter.grad is None else parameter.grad.float()
+        parameter.grad = None
+    optimizer.step()
+    for parameter, master in zip(tuned, masters, strict=True):
+        parameter.data.copy_(master)
+
+
+def _tuned_parameters(topology: Topology) -> Iterator[nn.Parameter]:
+    """Scales and biases of packed linears, and all one-dimensional floating-point parameters of other modules."""
     for block in topology.blocks:
         for module in block.module.modules():
             if isinstance(module, D2QuantLinear):

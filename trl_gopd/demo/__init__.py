@@ -1,1 +1,1 @@
-"""The embedded model and the tasks that need no hub."""
+"""Demonstrations on models and tasks that need no access to the Hub."""

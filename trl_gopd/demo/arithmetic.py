@@ -1,18 +1,20 @@
 """
-Arithmetic on two-digit numbers, learned from scratch in a minute: the task on which the demo distils.
+Arithmetic on two-digit numbers: the task of the demo, which small models learn from scratch in about a minute.
 
-A prompt is `47+38=`, and its answer `58`: 85 with the units first, the order in which carries arise. A base model is
-trained on answers of which a share is wrong, so it samples wrong answers about as often. The teacher is that base
-after some reinforcement learning on exact answers. A quarter of the pairs of numbers is held out of all training, and
-accuracy is measured on those alone. The operation is addition unless another one is asked for; all have one split.
+A prompt is `47+38=` and its answer is `58`, which is 85 with the units digit first, the order in which carries arise.
+A base model is trained on data in which a fraction of the answers is wrong, and therefore samples wrong answers about
+as often. The teacher is the base model after reinforcement learning with exact answers as the reward. A quarter of the
+pairs of numbers is held out from all training, and accuracy is measured on these pairs only. The operation is addition
+by default. All operations use the same split.
 
-Nothing is downloaded: vocabulary, models and data are made here. All training is done by TRL's own trainers.
+Nothing is downloaded: the module creates vocabulary, models and data. All training uses the trainers of TRL.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -33,15 +35,15 @@ from trl_gopd import GOPDConfig, GOPDTrainer
 
 
 OPERANDS = range(10, 100)
-# The largest sum, 198, has three digits; one more token ends the answer.
+# The largest sum, 198, has three digits, and one more token ends the answer.
 MAX_COMPLETION_LENGTH = 4
 PROMPT_LENGTH = 6
-# Which pairs are held out does not depend on the seed of a run: models of different seeds are compared on the same.
+# The split does not depend on the seed of a run, so that models with different seeds are compared on the same pairs.
 SPLIT_SEED = 0
-HELD_OUT_SHARE = 0.25
+HELD_OUT_FRACTION = 0.25
 
-# Float32 and one thread: the models are too small to gain from anything else.
-CPU = {
+# Options of all trainers. The models are too small to gain from lower precision.
+CPU: dict[str, Any] = {
     "use_cpu": True,
     "bf16": False,
     "gradient_checkpointing": False,
@@ -55,11 +57,11 @@ CPU = {
 @dataclass(frozen=True)
 class Size:
     """
-    Width and depth of a Llama.
+    Width and depth of a Llama model.
 
     Args:
-        hidden_size (`int`): Width; a multiple of 4, the number of heads.
-        num_layers (`int`): Depth.
+        hidden_size (`int`): Hidden size; a multiple of 4, the number of attention heads.
+        num_layers (`int`): Number of layers.
     """
 
     hidden_size: int
@@ -69,12 +71,12 @@ class Size:
 @dataclass(frozen=True)
 class Operation:
     """
-    What is done with two numbers.
+    Arithmetic operation on two numbers.
 
     Args:
-        sign (`str`): The character between them.
-        answers (`Callable`): From pairs `(rows, 2)` to answers `(rows,)`, int64 both.
-        possible (`range`): What an answer can be, no more than three digits long.
+        sign (`str`): Character between the two numbers.
+        answers (`Callable`): Maps pairs `(rows, 2)` to answers `(rows,)`, both int64.
+        possible (`range`): Range of the answers, which have at most three digits.
     """
 
     sign: str
@@ -89,7 +91,8 @@ OPERATIONS = {"addition": ADDITION, "difference": DIFFERENCE}
 
 def build_tokenizer(operations: Sequence[Operation] = (ADDITION,)) -> PreTrainedTokenizerFast:
     """
-    One token a character: the digits, `+` and `=`, and one each for padding and the end; then other operations' signs.
+    Builds a tokenizer with one token for each character. The vocabulary consists of tokens for padding and the end of
+    a sequence, the digits, `+`, `=`, and the signs of further operations.
 
     Example:
 
@@ -102,7 +105,7 @@ def build_tokenizer(operations: Sequence[Operation] = (ADDITION,)) -> PreTrained
 
     ```
     """
-    # `dict`: addition's own sign, if it is among `operations`, keeps its place
+    # A `dict` keeps the first position of a repeated key, so the sign of addition keeps its index.
     tokens = dict.fromkeys(["<pad>", "<eos>", *"0123456789+=", *(operation.sign for operation in operations)])
     vocabulary = {token: index for index, token in enumerate(tokens)}
     backend = Tokenizer(models.WordLevel(vocabulary))
@@ -119,7 +122,7 @@ def build_tokenizer(operations: Sequence[Operation] = (ADDITION,)) -> PreTrained
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, size: Size, *, seed: int) -> LlamaForCausalLM:
-    """A Llama in float32 with random weights. The global random state is left as it was."""
+    """Builds a float32 Llama model with random weights. The global random state is not changed."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=size.hidden_size,
@@ -130,7 +133,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, size: Size, *, seed: int) ->
         max_position_embeddings=16,
         tie_word_embeddings=False,
         initializer_range=0.5 / math.sqrt(size.hidden_size),
-        # Ten tokens: at the usual base of 10,000 most frequencies hardly turn, and addition is learned far later.
+        # Sequences have ten tokens. With the usual base of 10,000 most rotary frequencies hardly change over that
+        # length, and addition is learned much later.
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -143,8 +147,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, size: Size, *, seed: int) ->
 
 def operands(split: str) -> Tensor:
     """
-    All pairs of numbers of a split, shuffled, `(rows, 2)` int64. The two splits are disjoint, for every seed and
-    across operations.
+    Returns all pairs of numbers of a split in a shuffled order, `(rows, 2)` int64. The two splits are disjoint and do
+    not depend on seed or operation.
 
     Args:
         split (`str`): `"train"` or `"test"`.
@@ -152,7 +156,7 @@ def operands(split: str) -> Tensor:
     numbers = torch.tensor(list(OPERANDS))
     pairs = torch.cartesian_prod(numbers, numbers)
     pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(SPLIT_SEED))]
-    held_out = round(HELD_OUT_SHARE * len(pairs))
+    held_out = round(HELD_OUT_FRACTION * len(pairs))
     if split not in ("train", "test"):
         raise ValueError(f"`split` must be 'train' or 'test', got {split!r}.")
     return pairs[:held_out] if split == "test" else pairs[held_out:]
@@ -162,21 +166,21 @@ def noisy_answers(
     pairs: Tensor, *, noise: float, generator: torch.Generator, operation: Operation = ADDITION
 ) -> Tensor:
     """
-    Answers `(rows,)` int64 to `pairs` `(rows, 2)`, of which each is wrong with probability `noise`.
+    Returns answers `(rows,)` int64 to `pairs` `(rows, 2)`, each of which is wrong with probability `noise`.
 
-    A wrong answer is another number that the operation's answer can be, each equally likely.
+    A wrong answer is drawn uniformly from all other possible answers of the operation.
     """
     answers = operation.answers(pairs)
     smallest, candidates = operation.possible.start, len(operation.possible)
     is_wrong = torch.rand(len(pairs), generator=generator) < noise
-    # A shift of at least one and less than the number of candidates, taken round, never ends where it began.
+    # A cyclic shift by at least one and less than the number of candidates never returns the correct answer.
     shift = torch.randint(1, candidates, (len(pairs),), generator=generator)
     return torch.where(is_wrong, (answers - smallest + shift) % candidates + smallest, answers)
 
 
 def written(number: int) -> str:
     """
-    A number as the models write it, units first.
+    Returns a number as the models write it, with the units digit first.
 
     Example:
 
@@ -192,7 +196,7 @@ def written(number: int) -> str:
 
 
 def prompts(pairs: Tensor, operation: Operation = ADDITION) -> Dataset:
-    """Rows `{prompt, answer}`, both strings."""
+    """Returns a dataset with the string columns `prompt` and `answer`."""
     answers = operation.answers(pairs).tolist()
     return Dataset.from_dict(
         {
@@ -202,8 +206,8 @@ def prompts(pairs: Tensor, operation: Operation = ADDITION) -> Dataset:
     )
 
 
-def exact_answer(completions: list[str], answer: list[str], **kwargs) -> list[float]:
-    """Reward of 1 for the right number and nothing else, 0 otherwise, in the form TRL asks of a reward function."""
+def exact_answer(completions: list[str], answer: list[str], **kwargs: Any) -> list[float]:
+    """Reward function in the form that TRL expects: 1 if the completion is exactly the answer, 0 otherwise."""
     return [float(given == expected) for given, expected in zip(completions, answer, strict=True)]
 
 
@@ -216,9 +220,11 @@ def answered(
     operations: Sequence[Operation] = (ADDITION,),
 ) -> Dataset:
     """
-    Tokenized training prompts with noisy answers, drawn with repetition, in the form [`~trl.SFTTrainer`] takes.
+    Returns tokenized training prompts with noisy answers, drawn with replacement, in the form that [`~trl.SFTTrainer`]
+    accepts.
 
-    Operations have equal shares of `rows`, rounded up, one after the other.
+    Each operation has the same number of rows, `rows` divided by the number of operations and rounded up. The
+    operations follow one another.
     """
     generator = torch.Generator().manual_seed(seed)
     texts = []
@@ -231,7 +237,7 @@ def answered(
             for (a, b), answer in zip(pairs.tolist(), answers.tolist(), strict=True)
         ]
     input_ids = tokenizer(texts).input_ids
-    labels = [[-100] * PROMPT_LENGTH + ids[PROMPT_LENGTH:] for ids in input_ids]  # only the answer is learned
+    labels = [[-100] * PROMPT_LENGTH + ids[PROMPT_LENGTH:] for ids in input_ids]  # the loss covers the answer only
     return Dataset.from_dict({"input_ids": input_ids, "labels": labels})
 
 
@@ -249,8 +255,8 @@ def train_base(
     callbacks: list[TrainerCallback] | None = None,
 ) -> PreTrainedModel:
     """
-    A model that has learned from noisy answers with [`~trl.SFTTrainer`], each training row seen once. It is saved in
-    `output_dir`, with the tokenizer.
+    Trains a model on noisy answers with [`~trl.SFTTrainer`], in one epoch, and saves it in `output_dir` together with
+    the tokenizer. Returns the model.
     """
     trainer = SFTTrainer(
         model=build_model(tokenizer, size, seed=seed),
@@ -262,7 +268,7 @@ def train_base(
             lr_scheduler_type="cosine",
             adam_beta2=0.98,
             warmup_steps=steps // 20,
-            dataset_kwargs={"skip_prepare_dataset": True},  # it is tokenized already
+            dataset_kwargs={"skip_prepare_dataset": True},  # the data is tokenized already
             seed=seed,
             **CPU,
         ),
@@ -288,8 +294,8 @@ def train_teacher(
     callbacks: list[TrainerCallback] | None = None,
 ) -> PreTrainedModel:
     """
-    `base` after `steps` of [`~trl.GRPOTrainer`] with [`exact_answer`] as reward, saved as [`train_base`] does. `base`
-    itself is changed.
+    Trains `base` in place with [`~trl.GRPOTrainer`] and [`exact_answer`] as the reward, and saves it in `output_dir`
+    together with the tokenizer. Returns the model.
     """
     trainer = GRPOTrainer(
         model=base,
@@ -328,8 +334,11 @@ def train_student(
     learning_rate: float,
     ref_model: str | None = None,
 ) -> PreTrainedModel:
-    """The model in the folder `student` after `steps` of [`GOPDTrainer`], saved as [`train_base`] does."""
-    trainer = GOPDTrainer(
+    """
+    Trains the model in the folder `student` with [`GOPDTrainer`] and saves it in `output_dir` together with the
+    tokenizer. Returns the model.
+    """
+    trainer: Any = GOPDTrainer(
         model=student,
         teacher_model=teacher_model,
         ref_model=ref_model,
@@ -357,21 +366,21 @@ def _saved(trainer: Trainer, folder: str) -> PreTrainedModel:
     return trainer.model
 
 
-def load(folder: str | PathLike) -> PreTrainedModel:
-    """A model that was saved."""
+def load(folder: str | PathLike[str]) -> PreTrainedModel:
+    """Loads a model from a folder."""
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """
-    What sampling on held-out pairs shows.
+    Result of sampling answers to the held-out pairs.
 
     Args:
-        accuracy (`float`): Share of exact answers.
-        n (`int`): Sampled answers.
-        kl_to_teacher (`float`, *optional*): KL(model ‖ teacher), nats per sampled token.
-        length (`float`): Mean tokens of an answer, the end included.
+        accuracy (`float`): Fraction of exact answers.
+        n (`int`): Number of sampled answers.
+        kl_to_teacher (`float`, *optional*): KL(model ‖ teacher) in nats per sampled token.
+        length (`float`): Mean number of tokens of an answer, including the end token.
     """
 
     accuracy: float
@@ -392,10 +401,10 @@ def evaluate(
     batch_size: int = 2048,
 ) -> Evaluation:
     """
-    Samples `n` answers at temperature 1 to the held-out pairs, each about equally often, and judges them.
+    Samples `n` answers to the held-out pairs at temperature 1, about equally many for each pair, and scores them.
 
-    The divergence from `teacher` is exact at every sampled token: the vocabulary is small enough to sum over. The
-    global random state is left as it was.
+    The divergence from `teacher` is computed exactly at every sampled token by summing over the vocabulary. The global
+    random state is not changed.
     """
     pairs = operands("test")
     pairs = pairs.repeat(-(-n // len(pairs)), 1)[:n]
@@ -421,7 +430,7 @@ def evaluate(
             completions = ids[:, PROMPT_LENGTH:]
             mask = (completions == tokenizer.eos_token_id).cumsum(1).roll(1, 1)
             mask[:, 0] = 0
-            mask = mask == 0  # up to the end, which is included
+            mask = mask == 0  # all tokens up to and including the end token
             texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
             correct += sum(exact_answer(texts, batch["answer"]))
             tokens += int(mask.sum())

@@ -1,9 +1,10 @@
 """
-The paper's claim on a laptop: a student distilled with λ > 1 gets better than the teacher that taught it.
+Scene "distill" of the demo: a student that is distilled with λ > 1 becomes better than its teacher.
 
-Scene one: a base learns addition from noisy answers, GRPO makes a teacher of it, and `GOPDTrainer` distils the teacher
-back into the base at several λ. Scene two, strong to weak: the student is a smaller base, and the reference is either
-its own start or the teacher's base (reward correction).
+In the first part, a base model learns addition from noisy answers, GRPO trains a teacher from it, and `GOPDTrainer`
+distills the teacher back into the base model at several λ. In the second part, strong-to-weak distillation, the
+student is a smaller base model. The reference is either the student's initial weights or the base model of the
+teacher, which is the reward correction of the paper.
 """
 
 import time
@@ -11,31 +12,39 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import results
+from .results import Row
 from .workers import run_stages
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from .arithmetic import Evaluation
 
 
 LAMBDAS = (0.5, 1.0, 1.25, 1.5)
 ESTIMATORS = ("sampled", "full")
-# Scene two: λ and reference of the smaller student. At λ = 1 there is no reference.
+# Second part: λ and reference of the smaller student. At λ = 1 there is no reference.
 CORRECTION = ((1.0, None), (1.25, "student_start"), (1.25, "teacher_base"))
 
 
 @dataclass(frozen=True)
 class Settings:
     """
-    Sizes and lengths of the demo.
+    Model sizes and training lengths of the scene.
 
     Args:
-        base (`tuple[int, int]`): Width and depth of base, teacher and student of scene one.
-        small (`tuple[int, int]`): The same of the student of scene two.
-        noise (`float`): Share of wrong answers that the bases learn from.
+        base (`tuple[int, int]`): Hidden size and number of layers of base, teacher and student of the first part.
+        small (`tuple[int, int]`): Hidden size and number of layers of the student of the second part.
+        noise (`float`): Fraction of wrong answers in the training data of the base models.
         base_steps, teacher_steps, student_steps (`int`): Optimizer steps of each stage.
-        base_batch_size (`int`): Rows a step of pretraining.
-        base_learning_rate, teacher_learning_rate, student_learning_rate (`float`): Its learning rate.
-        batch_size (`int`): Completions a step of distillation.
-        n (`int`): Sampled answers an evaluation.
+        base_batch_size (`int`): Rows per step of pretraining.
+        base_learning_rate, teacher_learning_rate, student_learning_rate (`float`): Learning rate of each stage.
+        batch_size (`int`): Completions per step of distillation.
+        n (`int`): Sampled answers per evaluation.
     """
 
     base: tuple[int, int] = (64, 2)
@@ -52,7 +61,15 @@ class Settings:
     n: int = 8100
 
 
-def _row(seed: int, model: str, evaluation, *, gopd_lambda=None, estimator=None, reference=None) -> dict:
+def _row(
+    seed: int,
+    model: str,
+    evaluation: "Evaluation",
+    *,
+    gopd_lambda: float | None = None,
+    estimator: str | None = None,
+    reference: str | None = None,
+) -> Row:
     return {
         "seed": seed,
         "model": model,
@@ -63,8 +80,8 @@ def _row(seed: int, model: str, evaluation, *, gopd_lambda=None, estimator=None,
     }
 
 
-def _make_base(path: Path, size: tuple[int, int], seed: int, settings: Settings):
-    """Trains and saves a base; returns its tokenizer."""
+def _make_base(path: Path, size: tuple[int, int], seed: int, settings: Settings) -> "PreTrainedTokenizerFast":
+    """Trains and saves a base model and returns its tokenizer."""
     from . import arithmetic as task
 
     tokenizer = task.build_tokenizer()
@@ -81,7 +98,7 @@ def _make_base(path: Path, size: tuple[int, int], seed: int, settings: Settings)
     return tokenizer
 
 
-def _make_teacher(folder: Path, seed: int, settings: Settings) -> list[dict]:
+def _make_teacher(folder: Path, seed: int, settings: Settings) -> list[Row]:
     from . import arithmetic as task
 
     tokenizer = _make_base(folder / "base", settings.base, seed, settings)
@@ -99,11 +116,11 @@ def _make_teacher(folder: Path, seed: int, settings: Settings) -> list[dict]:
     ]
 
 
-def _make_small_base(folder: Path, seed: int, settings: Settings) -> list[dict]:
+def _make_small_base(folder: Path, seed: int, settings: Settings) -> list[Row]:
     from . import arithmetic as task
 
     path = folder / "small_base"
-    # another seed, so that it is another model than the large one in every respect
+    # The offset gives the small model training data that differ from those of the large model.
     tokenizer = _make_base(path, settings.small, seed + 1000, settings)
     return [_row(seed, "small_base", task.evaluate(task.load(path), tokenizer, n=settings.n, seed=seed))]
 
@@ -117,7 +134,7 @@ def _distil(
     gopd_lambda: float,
     estimator: str,
     reference: str | None,
-) -> list[dict]:
+) -> list[Row]:
     from . import arithmetic as task
 
     tokenizer = task.build_tokenizer()
@@ -136,7 +153,7 @@ def _distil(
         seed=seed,
         output_dir=str(path),
     )
-    # reloaded, so that what is judged is what was saved
+    # The student is reloaded so that the evaluation covers saving and loading.
     evaluation = task.evaluate(
         task.load(path), tokenizer, n=settings.n, seed=seed, teacher=task.load(folder / "teacher")
     )
@@ -152,21 +169,21 @@ def run(
     estimators: Sequence[str] = ESTIMATORS,
     settings: Settings | None = None,
     workers: int = 2,
-) -> dict:
+) -> Row:
     """
-    Runs both scenes for each seed and returns the result, which is also what the JSON file holds.
+    Runs both parts of the scene for each seed and returns the contents of the JSON file.
 
     Args:
-        seeds (`int`): How many seeds, from 0 on.
-        output_dir (`Path`): Where models and figure go; made if missing.
-        lambdas (`Sequence[float]`): λ of scene one.
-        estimators (`Sequence[str]`): Estimators of scene one.
-        settings ([`Settings`], *optional*): Sizes and lengths.
-        workers (`int`, *optional*, defaults to `2`): Processes; each uses one thread.
+        seeds (`int`): Number of seeds, which start at 0.
+        output_dir (`Path`): Folder for the models. It is created if it does not exist.
+        lambdas (`Sequence[float]`): λ of the first part.
+        estimators (`Sequence[str]`): Estimators of the first part.
+        settings ([`Settings`], *optional*): Model sizes and training lengths.
+        workers (`int`, *optional*, defaults to `2`): Number of processes, each with one thread.
 
     Returns:
-        `dict`: `rows` of `{seed, model, lambda, estimator, reference, accuracy, n, kl_to_teacher, length}`, and their
-        `summary`.
+        `dict`: `rows` with the keys `seed`, `model`, `lambda`, `estimator`, `reference`, `accuracy`, `n`,
+        `kl_to_teacher` and `length`, their `summary` over seeds, and how the result was produced.
     """
     settings = settings or Settings()
     start = time.perf_counter()
@@ -201,16 +218,16 @@ def run(
     return results.report(settings=asdict(settings), start=start, rows=rows, summary=summarize(rows))
 
 
-def summarize(rows: Sequence[dict]) -> list[dict]:
-    """Means over seeds of the rows of one kind, against the teacher: [`~results.summarize`]."""
+def summarize(rows: Sequence[Row]) -> list[Row]:
+    """Averages the rows over seeds and compares them with the teacher of the same seed: [`~results.summarize`]."""
     teachers = {row["seed"]: row for row in rows if row["model"] == "teacher"}
     return results.summarize(
         rows, by=("model", "lambda", "estimator", "reference"), teacher_of=lambda row: teachers[row["seed"]]
     )
 
 
-def print_table(result: dict) -> None:
-    """The summary, as a table for people."""
+def print_table(result: Row) -> None:
+    """Prints the summary as a table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -232,8 +249,8 @@ def print_table(result: dict) -> None:
     Console(width=max(120, Console().width)).print(table)
 
 
-def draw(result: dict, path: Path) -> None:
-    """Accuracy against λ with the teacher's line, and beside it the two references of scene two."""
+def draw(result: Row, path: Path) -> None:
+    """Draws accuracy against λ beside the line of the teacher, and the smaller students for each reference."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,10 +1,11 @@
 """
-Two experts merged into the base they came from: does one student keep, and pass, what each of them knows?
+Scene "merge" of the demo: merges two experts into the base model that both were trained from.
 
-A base learns two operations from noisy answers, and GRPO makes an expert for each on that operation's prompts alone.
-Into the base, on prompts of both, `GOPDTrainer` distils the two experts at several λ, each on its own rows, with the
-base as reference. Against that stand the mean of the experts' weights, and the step from the base to that mean taken
-further, which needs no training ([ExPO](https://huggingface.co/papers/2404.16792)).
+A base model learns two operations from noisy answers, and GRPO trains one expert for each operation on the prompts of
+that operation only. `GOPDTrainer` then distills both experts into the base model at several λ. It trains on prompts of
+both operations, each row has the expert of its operation as the teacher, and the base model is the reference. The
+scene compares these students with two methods that need no training: the mean of the experts' weights, and the
+extrapolation from the base model through that mean ([ExPO](https://huggingface.co/papers/2404.16792)).
 """
 
 import time
@@ -12,18 +13,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import results
+from .results import Row
 from .workers import run_stages
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .arithmetic import Operation
 
 
 DOMAINS = ("addition", "difference")
 LAMBDAS = (1.0, 1.25, 1.5)
 ESTIMATORS = ("sampled", "full")
-# How far from the base to the mean of the experts; 1 is the mean.
+# Step from the base model towards the mean of the experts, in units of their distance: 1 is the mean.
 ALPHAS = (1.0, 1.25, 1.5)
 KIND = ("model", "lambda", "alpha", "estimator")
 GAIN = ("gain_over_teacher", "gain_standard_error")
@@ -32,16 +41,17 @@ GAIN = ("gain_over_teacher", "gain_standard_error")
 @dataclass(frozen=True)
 class Settings:
     """
-    Sizes and lengths of the scene. By default each domain has as many rows in each stage as scene one has in all.
+    Model sizes and training lengths of the scene. By default, each domain has as many rows in each stage as the only
+    domain of the scene "distill".
 
     Args:
-        base (`tuple[int, int]`): Width and depth of every model.
-        noise (`float`): Share of wrong answers that the base learns from.
+        base (`tuple[int, int]`): Hidden size and number of layers of every model.
+        noise (`float`): Fraction of wrong answers in the training data of the base model.
         base_steps, expert_steps, student_steps (`int`): Optimizer steps of each stage.
-        base_batch_size (`int`): Rows a step of pretraining, of both domains.
-        base_learning_rate, expert_learning_rate, student_learning_rate (`float`): Its learning rate.
-        batch_size (`int`): Completions a step of distillation, of both domains.
-        n (`int`): Sampled answers an evaluation, in each domain.
+        base_batch_size (`int`): Rows per step of pretraining, for both domains together.
+        base_learning_rate, expert_learning_rate, student_learning_rate (`float`): Learning rate of each stage.
+        batch_size (`int`): Completions per step of distillation, for both domains together.
+        n (`int`): Sampled answers per evaluation, in each domain.
     """
 
     base: tuple[int, int] = (64, 2)
@@ -61,19 +71,21 @@ def merge_weights(
     base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]], *, alpha: float
 ) -> dict[str, Tensor]:
     """
-    Weights base + α·(mean of `experts` − base), in the base's dtypes and shapes; no input is aliased.
+    Returns the weights base + α·(mean of `experts` − base) in the dtypes and shapes of `base`. The result shares no
+    memory with the inputs.
 
     Args:
         base (`Mapping[str, torch.Tensor]`):
-            State dictionary of what the experts were trained from.
+            State dictionary of the model that the experts were trained from.
         experts (`Sequence[Mapping[str, torch.Tensor]]`):
-            Those of the experts, with the same names and shapes.
+            State dictionaries of the experts, with the same names and shapes.
         alpha (`float`):
-            0 is the base, 1 the mean, and more extrapolates. The α of
-            [ExPO](https://huggingface.co/papers/2404.16792), which starts from the mean, is this one less 1.
+            Step size. 0 gives the base, 1 gives the mean, and values above 1 extrapolate beyond the mean.
+            [ExPO](https://huggingface.co/papers/2404.16792) counts its α from the mean, so that its α is this value
+            minus 1.
 
     Raises:
-        `ValueError`: If there is no expert, or names or shapes differ.
+        `ValueError`: If `experts` is empty, or if names or shapes differ from those of `base`.
     """
     if not experts:
         raise ValueError("`experts` must hold at least one state dictionary, got none.")
@@ -86,14 +98,14 @@ def merge_weights(
                 f"`experts[{index}]` must have the names and shapes of `base`, got {given.get(name)} for {name!r}, "
                 f"which in `base` is {shapes.get(name)}. Merge models trained from one base."
             )
-    # `lerp` is exact at both ends
+    # `lerp` returns its end points exactly.
     return {
         name: weight.lerp(torch.stack([expert[name] for expert in experts]).mean(0), alpha)
         for name, weight in base.items()
     }
 
 
-def _make_base(folder: Path, seed: int, settings: Settings) -> list[dict]:
+def _make_base(folder: Path, seed: int, settings: Settings) -> list[Row]:
     from . import arithmetic as task
 
     operations = _operations()
@@ -111,7 +123,7 @@ def _make_base(folder: Path, seed: int, settings: Settings) -> list[dict]:
     return []
 
 
-def _make_expert(folder: Path, seed: int, settings: Settings, domain: str) -> list[dict]:
+def _make_expert(folder: Path, seed: int, settings: Settings, domain: str) -> list[Row]:
     from . import arithmetic as task
 
     task.train_teacher(
@@ -126,8 +138,8 @@ def _make_expert(folder: Path, seed: int, settings: Settings, domain: str) -> li
     return []
 
 
-def _judge_untrained(folder: Path, seed: int, settings: Settings) -> list[dict]:
-    """Rows of what needs no distillation: the base, the experts, and their merged weights."""
+def _judge_untrained(folder: Path, seed: int, settings: Settings) -> list[Row]:
+    """Evaluates the models that need no distillation: the base, the experts, and the experts' merged weights."""
     from . import arithmetic as task
 
     names = [_expert(domain) for domain in DOMAINS]
@@ -142,7 +154,7 @@ def _judge_untrained(folder: Path, seed: int, settings: Settings) -> list[dict]:
     return rows
 
 
-def _distil(folder: Path, seed: int, settings: Settings, *, gopd_lambda: float, estimator: str) -> list[dict]:
+def _distil(folder: Path, seed: int, settings: Settings, *, gopd_lambda: float, estimator: str) -> list[Row]:
     from . import arithmetic as task
 
     name = f"student-{gopd_lambda}-{estimator}"
@@ -151,7 +163,7 @@ def _distil(folder: Path, seed: int, settings: Settings, *, gopd_lambda: float, 
         {domain: str(folder / _expert(domain)) for domain in DOMAINS},
         task.build_tokenizer(_operations()),
         train_rows(),
-        gopd_lambda=gopd_lambda,  # the default reference is the student's start, which is the experts' base
+        gopd_lambda=gopd_lambda,  # the reference is the default, the initial student, which is the base of the experts
         estimator=estimator,
         steps=settings.student_steps,
         batch_size=settings.batch_size,
@@ -162,8 +174,8 @@ def _distil(folder: Path, seed: int, settings: Settings, *, gopd_lambda: float, 
     return _judge(folder, name, seed, settings, model="student", gopd_lambda=gopd_lambda, estimator=estimator)
 
 
-def train_rows():
-    """Training prompts of all domains, as a [`~datasets.Dataset`]; `teacher_id` is a row's domain."""
+def train_rows() -> "Dataset":
+    """Returns a [`~datasets.Dataset`] with the training prompts of all domains and the domain as `teacher_id`."""
     from datasets import concatenate_datasets
 
     from . import arithmetic as task
@@ -175,9 +187,20 @@ def train_rows():
 
 
 def _judge(
-    folder: Path, name: str, seed: int, settings: Settings, *, model: str, gopd_lambda=None, alpha=None, estimator=None
-) -> list[dict]:
-    """A row for each domain, of the model that was saved as `name`; its divergence is from the domain's expert."""
+    folder: Path,
+    name: str,
+    seed: int,
+    settings: Settings,
+    *,
+    model: str,
+    gopd_lambda: float | None = None,
+    alpha: float | None = None,
+    estimator: str | None = None,
+) -> list[Row]:
+    """
+    Evaluates the model that is saved as `name` and returns one row for each domain. The divergence of a row is
+    measured from the expert of its domain.
+    """
     from . import arithmetic as task
 
     tokenizer = task.build_tokenizer(_operations())
@@ -196,7 +219,7 @@ def _judge(
     return rows
 
 
-def _operations() -> list:
+def _operations() -> "list[Operation]":
     from . import arithmetic as task
 
     return [task.OPERATIONS[domain] for domain in DOMAINS]
@@ -214,21 +237,22 @@ def run(
     estimators: Sequence[str] = ESTIMATORS,
     settings: Settings | None = None,
     workers: int = 2,
-) -> dict:
+) -> Row:
     """
-    Runs the scene for each seed and returns the result, which is also what the JSON file holds.
+    Runs the scene for each seed and returns the contents of the JSON file.
 
     Args:
-        seeds (`int`): How many seeds, from 0 on.
-        output_dir (`Path`): Where models and figure go; made if missing.
+        seeds (`int`): Number of seeds, which start at 0.
+        output_dir (`Path`): Folder for the models. It is created if it does not exist.
         lambdas (`Sequence[float]`): λ of the students.
         estimators (`Sequence[str]`): Estimators of the students.
-        settings ([`Settings`], *optional*): Sizes and lengths.
-        workers (`int`, *optional*, defaults to `2`): Processes; each uses one thread.
+        settings ([`Settings`], *optional*): Model sizes and training lengths.
+        workers (`int`, *optional*, defaults to `2`): Number of processes, each with one thread.
 
     Returns:
-        `dict`: `rows` of `{seed, domain, model, lambda, alpha, estimator, accuracy, n, kl_to_teacher, length}`, and
-        their `summary`. The teacher of a row is its domain's expert.
+        `dict`: `rows` with the keys `seed`, `domain`, `model`, `lambda`, `alpha`, `estimator`, `accuracy`, `n`,
+        `kl_to_teacher` and `length`, their `summary` over seeds, and how the result was produced. The teacher of a row
+        is the expert of its domain.
     """
     settings = settings or Settings()
     start = time.perf_counter()
@@ -255,22 +279,22 @@ def run(
     return results.report(settings=asdict(settings), start=start, rows=rows, summary=summarize(rows))
 
 
-def summarize(rows: Sequence[dict]) -> list[dict]:
-    """Means over seeds of the rows of one kind and domain, against the domain's expert: [`~results.summarize`]."""
+def summarize(rows: Sequence[Row]) -> list[Row]:
+    """Averages the rows over seeds and compares them with the expert of their domain: [`~results.summarize`]."""
     experts = {(row["seed"], row["domain"]): row for row in rows if row["model"] == _expert(row["domain"])}
     return results.summarize(rows, by=("domain", *KIND), teacher_of=lambda row: experts[row["seed"], row["domain"]])
 
 
-def by_kind(summary: Sequence[dict]) -> dict[tuple, dict[str, dict]]:
-    """The summary by kind, in the order of `KIND`, then by domain."""
-    kinds: dict[tuple, dict[str, dict]] = {}
+def by_kind(summary: Sequence[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:
+    """Groups the summary: the values of the columns `KIND` map to the rows of all domains, by domain."""
+    kinds: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in summary:
         kinds.setdefault(tuple(row[name] for name in KIND), {})[row["domain"]] = row
     return kinds
 
 
-def print_table(result: dict) -> None:
-    """The summary, as a table for people."""
+def print_table(result: Row) -> None:
+    """Prints the summary as a table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -294,11 +318,14 @@ def print_table(result: dict) -> None:
     Console(width=max(140, Console().width)).print(table)
 
 
-def draw(result: dict, path: Path) -> None:
-    """Accuracy beyond each domain's expert, within a seed; a line joins what differs in λ or α alone."""
+def draw(result: Row, path: Path) -> None:
+    """
+    Draws the accuracy gain over the experts, with one axis for each domain. Lines connect models that differ in λ or α
+    only.
+    """
     from matplotlib.figure import Figure
 
-    series: dict[str, list[tuple[str, dict[str, dict]]]] = {}
+    series: dict[str, list[tuple[str, dict[str, Row]]]] = {}
     for (model, gopd_lambda, alpha, estimator), row_of in by_kind(result["summary"]).items():
         label = ", ".join(part for part in (model.replace("_", " "), estimator) if part)
         scale = f"{gopd_lambda or alpha:g}" if gopd_lambda or alpha else ""
@@ -307,14 +334,14 @@ def draw(result: dict, path: Path) -> None:
     axes = figure.subplots()
     for index, (label, points) in enumerate(series.items()):
         (x, x_error), (y, y_error) = (
-            # an expert has no gain in its own domain
+            # The gain of an expert over itself is `None` in its own domain.
             [[row_of[domain][field] or 0.0 for _, row_of in points] for field in GAIN]
             for domain in DOMAINS
         )
         axes.errorbar(x, y, y_error, x_error, marker="o", markersize=4, capsize=2, linewidth=1, label=label)
-        shift = (6, -11) if index % 2 else (-20, 6)  # two lines close together keep their numbers apart
-        for (scale, _), *position in zip(points, x, y, strict=True):
-            axes.annotate(scale, position, xytext=shift, textcoords="offset points", fontsize="small")
+        shift = (6, -11) if index % 2 else (-20, 6)  # keeps the labels of neighbouring lines apart
+        for (scale, _), x_value, y_value in zip(points, x, y, strict=True):
+            axes.annotate(scale, (x_value, y_value), xytext=shift, textcoords="offset points", fontsize="small")
     axes.axvline(0, color="black", linestyle=":", linewidth=1)
     axes.axhline(0, color="black", linestyle=":", linewidth=1)
     across, up = (f"{domain}: accuracy beyond its expert's" for domain in DOMAINS)

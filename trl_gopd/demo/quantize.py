@@ -1,8 +1,9 @@
 """
-Scene two of the demo: SmolLM2-135M-Instruct in three and in two bits, saved, loaded again, measured and asked.
+Scene "quantize" of the demo: quantizes SmolLM2-135M-Instruct to three and to two bits, saves and reloads it, measures
+it and asks it questions.
 
-It is calibrated on one part of the reference of the Python language, which every Python brings along, and measured on
-the other.
+The calibration text is one part of the Python language reference, which is included in every Python installation. The
+evaluation text is the other part.
 """
 
 import shutil
@@ -17,8 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl_gopd.d2quant.calibration import embedded_text, token_windows
 from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.hf_quantizer import save_quantized
+from trl_gopd.demo.results import Row
 from trl_gopd.demo.smollm2 import smollm2_path
 from trl_gopd.evaluation import compare, storage
+from trl_gopd.evaluation.size import weight_file_bytes
 
 
 BITS = (3, 2)
@@ -27,20 +30,21 @@ SEQ_LENGTH = 512
 QUESTIONS = ("What is the capital of France?", "Write one sentence about the sea.", "Name three fruits.")
 
 
-def run(output_dir: Path, bits: Sequence[int] = BITS, **settings: Any) -> dict:
+def run(output_dir: Path, bits: Sequence[int] = BITS, **settings: Any) -> Row:
     """
-    Quantizes, reloads and measures.
+    Quantizes the model to each bit width, reloads it and measures it.
 
     Args:
         output_dir (`pathlib.Path`):
-            Where the quantized folders go: `smollm2-3bit` and so on.
+            Parent of the quantized folders, which are named `smollm2-3bit` and so on.
         bits (`Sequence[int]`, *optional*, defaults to `(3, 2)`):
-            Widths to try.
+            Bit widths.
         settings:
             Further fields of [`D2QuantConfig`].
 
     Returns:
-        `dict`: `rows`, one for each model, the full-precision one first, with size, quality and answers; `seconds`.
+        `dict`: `rows` with size, quality and answers, one for each model, the full-precision model first; and
+        `seconds`, the duration.
     """
     start = time.perf_counter()
     path = smollm2_path()
@@ -55,7 +59,7 @@ def run(output_dir: Path, bits: Sequence[int] = BITS, **settings: Any) -> dict:
         started = time.perf_counter()
         quantized = AutoModelForCausalLM.from_pretrained(path, quantization_config=config)
         seconds = time.perf_counter() - started
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
+        shutil.rmtree(folder, ignore_errors=True)  # removes the result of an earlier run
         save_quantized(quantized, folder, tokenizer=tokenizer)
         reloaded = AutoModelForCausalLM.from_pretrained(folder)
         rows.append(_row(reloaded, original, tokenizer, windows, folder, bits=width, seconds=seconds))
@@ -63,21 +67,22 @@ def run(output_dir: Path, bits: Sequence[int] = BITS, **settings: Any) -> dict:
 
 
 def folder_of(output_dir: Path, bits: int) -> Path:
-    """Where the model of a width is kept."""
+    """Returns the folder of the model with a given bit width."""
     return output_dir / f"smollm2-{bits}bit"
 
 
 def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, max_new_tokens: int = 40) -> str:
-    """Greedy answer to one question, through the chat template."""
+    """Returns the greedy answer to one question that is asked through the chat template."""
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    text: str = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text.strip()
 
 
 def chat(folder: Path) -> None:
-    """Asks for questions and answers them, until an empty line."""
+    """Reads questions from the terminal and answers them. An empty line ends the chat."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     while question := input("you> ").strip():
@@ -93,13 +98,12 @@ def _row(
     *,
     bits: int | None,
     seconds: float | None,
-) -> dict:
+) -> Row:
     agreement = compare(model, original, windows)
-    size = storage(model, folder)
     return {
         "bits": bits,
-        "bits_per_weight": size.bits_per_weight,
-        "file_mb": size.file_bytes / 1e6,
+        "bits_per_weight": storage(model).bits_per_weight,
+        "file_mb": weight_file_bytes(folder) / 1e6,
         "perplexity": agreement.model.value,
         "kl": agreement.kl,
         "top1": agreement.top1,
@@ -108,8 +112,8 @@ def _row(
     }
 
 
-def print_table(result: dict) -> None:
-    """The rows, as a table for people, and what the models answered."""
+def print_table(result: Row) -> None:
+    """Prints a table of the rows, followed by the answers of the models."""
     from rich.console import Console
     from rich.table import Table
 
@@ -142,8 +146,8 @@ def print_table(result: dict) -> None:
             console.print(f"  {_name(row):9} {row['answers'][question]}", markup=False)
 
 
-def draw(result: dict, path: Path) -> None:
-    """Perplexity against size."""
+def draw(result: Row, path: Path) -> None:
+    """Draws perplexity against size of the weight files."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -156,5 +160,5 @@ def draw(result: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _name(row: dict) -> str:
+def _name(row: Row) -> str:
     return "original" if row["bits"] is None else f"{row['bits']} bits"

@@ -1,4 +1,4 @@
-"""The result of a scene: its rows, one for each model judged, their means over seeds, and the file that holds them."""
+"""Results of a scene: means over seeds with standard errors, and the contents of the JSON file."""
 
 import math
 import sys
@@ -9,27 +9,30 @@ from statistics import mean, stdev
 from typing import Any
 
 
-def summarize(rows: Sequence[dict], *, by: Sequence[str], teacher_of: Callable[[dict], dict]) -> list[dict]:
-    """
-    Means over seeds of the rows of one kind, with standard errors.
+Row = dict[str, Any]
 
-    With several seeds the standard error is that of the mean over seeds; with one it is the binomial one of the
-    sampled answers. `gain_over_teacher` is the mean of the differences within a seed, and its standard error is that
-    of those differences.
+
+def summarize(rows: Sequence[Row], *, by: Sequence[str], teacher_of: Callable[[Row], Row]) -> list[Row]:
+    """
+    Averages rows over seeds. Rows that agree in the columns `by` form one group and differ in their seed only.
+
+    With several seeds, the standard error is that of the mean over seeds. With one seed, it is the binomial standard
+    error of the sampled answers. `gain_over_teacher` is the mean of the accuracy differences to the teacher of the
+    same seed, and its standard error is computed from these paired differences.
 
     Args:
-        rows (`Sequence[dict]`): With `seed`, `accuracy`, `n`, `kl_to_teacher`, `length` and the columns `by`.
-        by (`Sequence[str]`): Columns that make up a kind.
-        teacher_of (`Callable`): The row that a row is compared with; a teacher's own is itself.
+        rows (`Sequence[dict]`): Rows with `seed`, `accuracy`, `n`, `kl_to_teacher`, `length` and the columns `by`.
+        by (`Sequence[str]`): Names of the columns that identify a group.
+        teacher_of (`Callable`): Maps a row to the row of its teacher. A teacher's row is mapped to itself.
 
     Returns:
-        `list[dict]`: One for each kind, in the order in which they come first.
+        `list[dict]`: One row for each group, in the order in which the groups first appear.
     """
-    kinds: dict[tuple, list[dict]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        kinds.setdefault(tuple(row[name] for name in by), []).append(row)
-    summary = []
-    for kind, group in kinds.items():
+        groups.setdefault(tuple(row[name] for name in by), []).append(row)
+    summary: list[Row] = []
+    for key, group in groups.items():
         teachers = [teacher_of(row) for row in group]
         gains = [row["accuracy"] - teacher["accuracy"] for row, teacher in zip(group, teachers, strict=True)]
         binomial = [_binomial_variance(row) for row in group]
@@ -38,7 +41,7 @@ def summarize(rows: Sequence[dict], *, by: Sequence[str], teacher_of: Callable[[
         is_teacher = teachers[0] is group[0]
         summary.append(
             {
-                **dict(zip(by, kind, strict=True)),
+                **dict(zip(by, key, strict=True)),
                 "seeds": len(group),
                 "n": sum(row["n"] for row in group),
                 "accuracy": mean(row["accuracy"] for row in group),
@@ -52,16 +55,21 @@ def summarize(rows: Sequence[dict], *, by: Sequence[str], teacher_of: Callable[[
     return summary
 
 
-def _binomial_variance(row: dict) -> float:
-    return row["accuracy"] * (1 - row["accuracy"]) / row["n"]
+def _binomial_variance(row: Row) -> float:
+    accuracy: float = row["accuracy"]
+    return accuracy * (1 - accuracy) / int(row["n"])
 
 
 def _standard_error(values: list[float], variances: list[float]) -> float:
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.sqrt(variances[0])
 
 
-def report(*, settings: dict[str, Any], start: float, rows: list[dict], summary: list[dict]) -> dict:
-    """What the JSON file holds: rows and summary, and how they came about. `start` is of `time.perf_counter()`."""
+def report(*, settings: dict[str, Any], start: float, rows: list[Row], summary: list[Row]) -> Row:
+    """
+    Returns the contents of the JSON file: rows and summary, with command, versions, settings and duration.
+
+    `start` is the value of `time.perf_counter()` at the start of the run.
+    """
     return {
         "command": " ".join(["trl-gopd", *sys.argv[1:]]),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "trl-gopd")},
@@ -73,5 +81,5 @@ def report(*, settings: dict[str, Any], start: float, rows: list[dict], summary:
 
 
 def with_error(value: float, standard_error: float, *, signed: bool = False) -> str:
-    """A mean and its standard error, as tables show them."""
+    """Formats a mean and its standard error for tables."""
     return f"{value:{'+' if signed else ''}.3f} ± {standard_error:.3f}"

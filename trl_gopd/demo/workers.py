@@ -1,4 +1,8 @@
-"""Trainings side by side, each in a process with one thread: what the demo's models are too small to share."""
+"""
+Parallel training of small models, each in a process with one thread.
+
+The models of the demonstrations are too small to gain from several threads.
+"""
 
 import logging
 import multiprocessing
@@ -7,24 +11,27 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
 
 from tqdm.auto import tqdm
 
 
-def run_stages(stages: Mapping[str, Sequence[Callable[[], list[dict]]]], *, workers: int) -> list[dict]:
+def run_stages(
+    stages: Mapping[str, Sequence[Callable[[], list[dict[str, Any]]]]], *, workers: int
+) -> list[dict[str, Any]]:
     """
-    Runs jobs of a stage side by side, one stage after the other, under one progress bar.
+    Runs the jobs of each stage in parallel and the stages one after another, with one progress bar for all of them.
 
     Args:
         stages (`Mapping[str, Sequence[Callable]]`):
-            Jobs by what the bar calls their stage. A job is pickled, and returns its rows.
+            Jobs by the name of their stage, which the progress bar shows. A job must be picklable and returns rows.
         workers (`int`):
-            Processes.
+            Number of processes.
 
     Returns:
-        `list[dict]`: The rows of all jobs, in no particular order.
+        `list[dict]`: Rows of all jobs, in no particular order.
     """
-    rows: list[dict] = []
+    rows: list[dict[str, Any]] = []
     context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool,
@@ -47,7 +54,7 @@ def _start_worker() -> None:
     disable_progress_bars()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel that nothing here uses
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about a missing kernel that is not used here
     warnings.simplefilter("ignore", FutureWarning)
-    # The scene shows one bar and one table; what each short trainer prints at its end is left out.
+    # Trainers print a summary when they end. It is discarded so that only the bar and the final table are shown.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""How good, how large and how fast a model is, quantized or not."""
+"""Measurement of quality, storage, time and memory of a model, quantized or not."""
 
 from .quality import Agreement, Perplexity, compare, perplexity
 from .resources import Resources, measure

@@ -1,8 +1,9 @@
 """
-Logits of a causal language model, a chunk of tokens at a time: `(B, T, V)` never exists.
+Logits of a causal language model, computed for one chunk of tokens at a time so that no `(B, T, V)` tensor exists.
 
-The backbone runs once. Then the model's own `forward` is called for each chunk with a backbone that answers with that
-chunk's hidden states, so whatever a family does around its head (scaling, soft caps) is done here too.
+The backbone runs once. The model's own `forward` is then called for each chunk, with the backbone replaced by a
+function that returns the hidden states of that chunk. Everything that a model family does around its output head, such
+as scaling or soft-capping, is therefore applied here as well.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 
 def check_windows(windows: Tensor, model: PreTrainedModel) -> None:
-    """Raises a `ValueError` unless `windows` is an integer tensor `(n, T)`, n ≥ 1 and T ≥ 2, of ids the model has."""
+    """Raises a `ValueError` unless `windows` are integer ids `(n ≥ 1, T ≥ 2)` in the vocabulary of the model."""
     if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2 or windows.is_floating_point():
         raise ValueError(
             "`windows` must be integer token ids of shape (n, T) with n >= 1 and T >= 2, got shape "
@@ -33,7 +34,10 @@ def check_windows(windows: Tensor, model: PreTrainedModel) -> None:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients for the body; every submodule gets its own mode back, after errors too."""
+    """
+    Context manager that puts a model into evaluation mode and disables gradients. The training flag of every submodule
+    is restored at the end, also after an exception.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -46,7 +50,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def logits_in_chunks(model: PreTrainedModel, input_ids: Tensor, chunk_size: int) -> Iterator[Tensor]:
     """
-    Yields the logits that predict each token after the first, all of row 0, then all of row 1, and so on.
+    Yields the logits that predict each token after the first. Rows follow one another: all tokens of row 0, then all
+    tokens of row 1, and so on.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -54,40 +59,43 @@ def logits_in_chunks(model: PreTrainedModel, input_ids: Tensor, chunk_size: int)
         input_ids (`torch.Tensor` of shape `(B, T)`):
             Token ids on the model's device, without padding.
         chunk_size (`int`):
-            Tokens whose logits exist at a time.
+            Number of tokens whose logits are held in memory at once.
 
     Yields:
-        `torch.Tensor` of shape `(at most chunk_size, V)`: float32, `B·(T − 1)` rows in all.
+        `torch.Tensor` of shape `(at most chunk_size, V)`: float32 logits, `B·(T − 1)` rows in total.
     """
     output = model.base_model(input_ids=input_ids, use_cache=False)
     hidden = output.last_hidden_state[:, :-1].flatten(0, 1)
     ids = input_ids[:, :-1].flatten()
     for start in range(0, len(hidden), chunk_size):
         part = slice(start, start + chunk_size)
-        with _answering(model, type(output)(last_hidden_state=hidden[part].unsqueeze(0))):
-            logits = model(input_ids=ids[part].unsqueeze(0), use_cache=False).logits
+        with _backbone_returning(model, type(output)(last_hidden_state=hidden[part].unsqueeze(0))):
+            logits: Tensor = model(input_ids=ids[part].unsqueeze(0), use_cache=False).logits
         yield logits[0].float()
 
 
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits `(B, T, V)` of the backbone's last hidden states `(B, T, hidden_size)`; gradients reach them."""
+    """Returns the logits `(B, T, V)` of last hidden states `(B, T, hidden_size)`. Gradients flow to the states."""
     ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-    # of all outputs of a backbone the one with most fields: a mixture of experts also looks for router logits
-    with _answering(model, MoeModelOutputWithPast(last_hidden_state=hidden)):
-        return model(input_ids=ids, use_cache=False).logits
+    # This output class has more fields than the others: the head of a mixture of experts also reads router logits.
+    with _backbone_returning(model, MoeModelOutputWithPast(last_hidden_state=hidden)):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
 
 
 @contextmanager
-def _answering(model: PreTrainedModel, answer: Any) -> Iterator[None]:
-    """The model's backbone returns `answer` without running."""
-    # OPT's and BART's causal models call the decoder inside the backbone, all others the backbone.
+def _backbone_returning(model: PreTrainedModel, output: Any) -> Iterator[None]:
+    """Context manager within which the backbone of `model` returns `output` instead of running."""
+    # The causal models of OPT and BART call the decoder inside the backbone; all other models call the backbone.
     modules = {id(module): module for module in (model.base_model, model.get_decoder())}.values()
-    own = [(module, vars(module).get("forward")) for module in modules]  # accelerate's hooks set it on the instance
-    asked = []
+    own = [
+        (module, vars(module).get("forward")) for module in modules
+    ]  # accelerate's hooks set `forward` on the instance
+    calls = []
 
     def forward(*_: Any, **__: Any) -> Any:
-        asked.append(True)
-        return answer
+        calls.append(True)
+        return output
 
     try:
         for module in modules:
@@ -98,7 +106,7 @@ def _answering(model: PreTrainedModel, answer: Any) -> Iterator[None]:
             del module.forward
             if before is not None:
                 module.forward = before
-    if not asked:
+    if not calls:
         raise TypeError(
             f"`model` must call its backbone before its head, and {type(model).__name__} does not. Pass a causal "
             "language model of transformers."

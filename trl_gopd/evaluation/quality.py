@@ -1,7 +1,8 @@
 """
-How well a model predicts a text: its perplexity, or its agreement with a reference on every next token.
+Quality of a language model on a text: its perplexity, and its agreement with a reference model on every next token.
 
-Standard errors take windows as independent. Neighbouring windows of one text are nearly so: each starts afresh.
+Standard errors treat the windows of a text as independent samples. This is an approximation for neighbouring windows,
+although no window sees the tokens of another one as context.
 """
 
 import math
@@ -20,14 +21,15 @@ from .logits import check_windows, evaluation_mode, logits_in_chunks
 @dataclass(frozen=True)
 class Perplexity:
     """
-    Perplexity of a model on windows of text. Each window's first token is given, the others are predicted.
+    Perplexity of a model on windows of text. The first token of each window is context; the others are predicted.
 
     Args:
         value (`float`): `exp(nats_per_token)`.
         nats_per_token (`float`): mean negative log-likelihood.
         standard_error (`float`, *optional*):
-            That of `nats_per_token`, over windows; `None` for a single one. That of `value` is `value` times as large.
-        tokens (`int`): predicted tokens.
+            Standard error of `nats_per_token` over windows; `None` for a single window. The standard error of `value`
+            is `value` times this number.
+        tokens (`int`): number of predicted tokens.
     """
 
     value: float
@@ -39,19 +41,19 @@ class Perplexity:
 @dataclass(frozen=True)
 class Agreement:
     """
-    How close a model's next-token distributions are to those of a reference. Standard errors are over windows, `None`
-    for a single one.
+    Agreement of a model's next-token distributions with those of a reference model. Standard errors are over windows
+    and are `None` for a single window.
 
     Args:
         kl (`float`): mean over tokens of `KL(reference ‖ model)`, nats.
         kl_standard_error (`float`, *optional*): its standard error.
-        top1 (`float`): share of tokens at which both find the same token most likely.
+        top1 (`float`): fraction of positions at which both models have the same most likely token.
         top1_standard_error (`float`, *optional*): its standard error.
         excess_nats (`float`): `model.nats_per_token − reference.nats_per_token`.
         excess_nats_standard_error (`float`, *optional*): its standard error, paired by window.
-        model ([`Perplexity`]): that of the model.
-        reference ([`Perplexity`]): that of the reference.
-        tokens (`int`): predicted tokens.
+        model ([`Perplexity`]): perplexity of the model.
+        reference ([`Perplexity`]): perplexity of the reference.
+        tokens (`int`): number of predicted tokens.
     """
 
     kl: float
@@ -67,17 +69,17 @@ class Agreement:
 
 def perplexity(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1, chunk_size: int = 256) -> Perplexity:
     """
-    Perplexity of a model.
+    Measures the perplexity of a model.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Causal language model. Its modules keep their training or evaluation mode.
+            Causal language model. The training flags of its modules are restored afterwards.
         windows (`torch.Tensor` of shape `(n, T)`):
             Integer token ids, without padding.
         batch_size (`int`, *optional*, defaults to `1`):
-            Windows in a forward.
+            Windows in one forward pass.
         chunk_size (`int`, *optional*, defaults to `256`):
-            Tokens whose float32 logits exist at a time.
+            Number of tokens whose float32 logits are held in memory at once.
 
     Returns:
         [`Perplexity`].
@@ -86,7 +88,7 @@ def perplexity(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1, 
     nats = []
     with evaluation_mode(model):
         for batch in _batches(windows, batch_size, "perplexity"):
-            labels = batch[:, 1:].flatten().split(chunk_size)
+            labels = torch.split(batch[:, 1:].flatten(), chunk_size)
             logits = logits_in_chunks(model, batch.to(model.device), chunk_size)
             tokens = torch.cat([_nats(chunk.log_softmax(-1), ids) for chunk, ids in zip(logits, labels, strict=True)])
             nats.append(_window_means(tokens, batch))
@@ -97,19 +99,19 @@ def compare(
     model: PreTrainedModel, reference: PreTrainedModel, windows: Tensor, *, batch_size: int = 1, chunk_size: int = 256
 ) -> Agreement:
     """
-    Agreement of a model with a reference that has the same vocabulary.
+    Measures the agreement of a model with a reference that has the same vocabulary.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Causal language model, say a quantized one.
+            Causal language model, for example a quantized one.
         reference ([`~transformers.PreTrainedModel`]):
-            What it is held against, on any device.
+            Model to compare with. It may be on another device.
         windows (`torch.Tensor` of shape `(n, T)`):
             Integer token ids, without padding.
         batch_size (`int`, *optional*, defaults to `1`):
-            Windows in a forward.
+            Windows in one forward pass.
         chunk_size (`int`, *optional*, defaults to `256`):
-            Tokens whose float32 logits exist at a time, `(chunk_size, V)` for each model.
+            Number of tokens whose float32 logits `(chunk_size, V)` are held in memory at once, for each model.
 
     Returns:
         [`Agreement`].
@@ -125,7 +127,7 @@ def compare(
     columns = []
     with evaluation_mode(model), evaluation_mode(reference):
         for batch in _batches(windows, batch_size, "agreement"):
-            labels = batch[:, 1:].flatten().split(chunk_size)
+            labels = torch.split(batch[:, 1:].flatten(), chunk_size)
             ours = logits_in_chunks(model, batch.to(model.device), chunk_size)
             theirs = logits_in_chunks(reference, batch.to(reference.device), chunk_size)
             tokens = torch.cat([_measure(*chunk) for chunk in zip(ours, theirs, labels, strict=True)])
@@ -142,10 +144,13 @@ def compare(
 
 
 def _measure(logits: Tensor, reference_logits: Tensor, labels: Tensor) -> Tensor:
-    """Of each token, KL in nats, whether both like the same one best, and both negative log-likelihoods: `(N, 4)`."""
+    """
+    Returns four numbers for each token, `(N, 4)`: the KL divergence in nats, whether both models have the same most
+    likely token, and the negative log-likelihoods of the model and of the reference.
+    """
     log_p, log_q = reference_logits.to(logits.device).log_softmax(-1), logits.log_softmax(-1)
     same = (log_p.argmax(-1) == log_q.argmax(-1)).float()
-    # What the reference excludes adds nothing, though 0·(−inf − …) is NaN.
+    # Tokens of probability 0 under the reference contribute nothing, but 0 · (−inf − …) would be NaN.
     kl = (log_p.exp() * (log_p - log_q)).masked_fill(log_p == -torch.inf, 0.0).sum(-1)
     return torch.stack([kl, same, _nats(log_q, labels), _nats(log_p, labels)], dim=-1)
 
@@ -155,13 +160,14 @@ def _nats(log_probs: Tensor, labels: Tensor) -> Tensor:
 
 
 def _batches(windows: Tensor, batch_size: int, name: str) -> Iterable[Tensor]:
-    # `disable=None`: only on a terminal, and there after a second.
-    return tqdm(windows.split(batch_size), desc=name, unit="batch", disable=None, delay=1)
+    # With `disable=None` the bar is shown on terminals only, and `delay` hides it for runs under a second.
+    batches: Iterable[Tensor] = tqdm(torch.split(windows, batch_size), desc=name, unit="batch", disable=None, delay=1)
+    return batches
 
 
 def _window_means(tokens: Tensor, batch: Tensor) -> Tensor:
-    """Means `(B, …)` in float64 of values `(B·(T − 1), …)`, one a predicted token."""
-    return tokens.unflatten(0, (len(batch), -1)).double().mean(1).cpu()
+    """Averages values of predicted tokens `(B·(T − 1), …)` over each window: `(B, …)` in float64."""
+    return tokens.view(len(batch), -1, *tokens.shape[1:]).double().mean(1).cpu()
 
 
 def _count(windows: Tensor) -> int:
@@ -169,7 +175,7 @@ def _count(windows: Tensor) -> int:
 
 
 def _mean(values: Tensor) -> tuple[float, float | None]:
-    """Mean of `(n,)` values, one a window, and its standard error."""
+    """Returns the mean of `(n,)` values, one for each window, and its standard error."""
     n = len(values)
     return float(values.mean()), float(values.std()) / math.sqrt(n) if n > 1 else None
 

@@ -1,4 +1,4 @@
-"""What a piece of work takes: seconds, and the peak of memory."""
+"""Measurement of wall-clock time and peak memory."""
 
 import ctypes
 import sys
@@ -13,16 +13,16 @@ import torch
 @dataclass
 class Resources:
     """
-    Filled when the body of [`measure`] ends.
+    Time and memory of a `with measure()` block. The fields are filled when the block ends.
 
     Args:
-        seconds (`float`): wall-clock time of the body.
+        seconds (`float`): wall-clock time of the block.
         peak_memory_bytes (`int`):
-            Largest resident memory of the process, pages of mapped files included.
+            Peak resident memory of the process, including pages of memory-mapped files.
         is_process_peak (`bool`):
-            Whether that peak is of the process's whole life, because the system cannot restart the count.
+            Whether the peak covers the whole life of the process, because the system cannot reset its counter.
         peak_cuda_bytes (`int`, *optional*):
-            Largest memory that PyTorch's allocator held during the body, summed over GPUs; `None` without CUDA.
+            Peak memory of PyTorch's allocator during the block, summed over all GPUs; `None` without CUDA.
     """
 
     seconds: float = 0.0
@@ -34,7 +34,7 @@ class Resources:
 @contextmanager
 def measure() -> Iterator[Resources]:
     """
-    Measures its body. Not to be nested: the peak is counted afresh from the start of each.
+    Context manager that measures its block. Blocks must not be nested, because each one resets the peak at its start.
 
     Example:
 
@@ -66,15 +66,15 @@ def measure() -> Iterator[Resources]:
 
 def return_freed_memory() -> None:
     """
-    Gives freed memory back to the system. glibc keeps it, in pieces between what is still in use, so that a process
-    which allocates and frees large tensors grows; other C libraries need no help.
+    Returns freed memory to the operating system. glibc keeps freed blocks between blocks that are still in use, so
+    that a process which allocates and frees large tensors grows. With other C libraries this function does nothing.
     """
-    with suppress(AttributeError, OSError, TypeError):  # not glibc
+    with suppress(AttributeError, OSError, TypeError):  # raised by C libraries other than glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _restart_peak() -> bool:
-    """Makes Linux count the peak from now on; says whether it did."""
+    """Resets the peak-memory counter of the process and returns whether the system supports this."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # man 5 proc: resets VmHWM

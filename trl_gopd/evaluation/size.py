@@ -1,4 +1,4 @@
-"""How much room a model takes: bits for each quantized weight, counted from what is stored, and bytes on disk."""
+"""Storage of a model: bits per quantized weight, counted from the stored tensors, and bytes on disk."""
 
 import os
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ WEIGHT_FILES = (".safetensors", ".bin")
 @dataclass(frozen=True)
 class Storage:
     """
-    What a model's weights take.
+    Storage that the weights of a model need.
 
     Args:
         bits_per_weight (`float`, *optional*):
-            Bits of all stored tensors of the quantized layers, scales, zero points and biases included, divided by the
-            weights they stand for; `None` if no layer is quantized.
-        quantized_layers (`int`): quantized linear layers.
-        quantized_weights (`int`): weights that they stand for, `in_features · out_features` each.
-        parameters_left (`int`): parameters of all other layers, tied ones counted once.
-        file_bytes (`int`, *optional*): size of the weight files; `None` if no folder was named.
+            Bits of all stored tensors of the quantized layers, including scales, zero points and biases, divided by
+            `quantized_weights`; `None` if no layer is quantized.
+        quantized_layers (`int`): number of quantized linear layers.
+        quantized_weights (`int`): number of weights that these layers represent, `in_features · out_features` each.
+        parameters_left (`int`): number of parameters of all other layers, with tied parameters counted once.
+        file_bytes (`int`, *optional*): size of the weight files; `None` if no folder was given.
     """
 
     bits_per_weight: float | None
@@ -34,27 +34,28 @@ class Storage:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a module is a linear layer whose `weight` holds integer words."""
+    """Returns whether a module is a linear layer whose `weight` holds integers, as packed formats do."""
     return isinstance(module, nn.Linear) and not (
         module.weight.dtype.is_floating_point or module.weight.dtype.is_complex
     )
 
 
-def storage(model: nn.Module, folder: str | os.PathLike | None = None) -> Storage:
+def storage(model: nn.Module, folder: str | os.PathLike[str] | None = None) -> Storage:
     """
-    Storage of a model, of any quantization that puts integers into the `weight` of a subclass of `torch.nn.Linear`.
+    Measures the storage of a model. Quantized layers are recognised as subclasses of `torch.nn.Linear` whose `weight`
+    holds integers, whichever method quantized them.
 
     Args:
         model (`torch.nn.Module`):
-            The model.
+            Model to measure.
         folder (`str` or `os.PathLike`, *optional*):
-            Where it is saved.
+            Folder in which the model is saved.
 
     Returns:
         [`Storage`].
 
     Raises:
-        `ValueError`: if `folder` has no weight files.
+        `ValueError`: if `folder` holds no weight files.
     """
     layers: list[Any] = [module for module in model.modules() if is_quantized(module)]
     weights = sum(layer.in_features * layer.out_features for layer in layers)
@@ -71,8 +72,8 @@ def storage(model: nn.Module, folder: str | os.PathLike | None = None) -> Storag
     )
 
 
-def weight_file_bytes(folder: str | os.PathLike) -> int:
-    """Size of the `*.safetensors` and `*.bin` files of a folder."""
+def weight_file_bytes(folder: str | os.PathLike[str]) -> int:
+    """Returns the total size of the `*.safetensors` and `*.bin` files of a folder."""
     files = [file for file in Path(folder).iterdir() if file.suffix in WEIGHT_FILES]
     if not files:
         raise ValueError(f"`folder` must hold weight files ({', '.join(WEIGHT_FILES)}), got {str(folder)!r} without.")

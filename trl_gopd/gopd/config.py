@@ -11,14 +11,31 @@ from ._trl import allow_one_generation
 from .schedules import KINDS, BackOff, LambdaSchedule
 
 
+EOS_MISMATCHES = ("raise", "map", "keep")
 ESTIMATORS = ("sampled", "stratified", "full")
 # Aggregations whose token term is ratio × advantage, so that an advantage with a gradient passes through unchanged.
 FULL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 SAMPLED_LOSS_TYPES = (*FULL_LOSS_TYPES, "cispo", "sapo", "vespo")
+NONFINITE = ("raise", "skip")
+# Values with which the options of a sampler leave the distribution as it is
+NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "top_p": (1.0, None),
+    "top_k": (0, -1, None),
+    "min_p": (None, 0.0),
+    "typical_p": (1.0, None),
+    "epsilon_cutoff": (0.0, None),
+    "eta_cutoff": (0.0, None),
+    "repetition_penalty": (1.0, None),
+    "presence_penalty": (0.0, None),
+    "frequency_penalty": (0.0, None),
+    "no_repeat_ngram_size": (0, None),
+    "do_sample": (True,),
+    "num_beams": (1, None),
+}
 
 
 @dataclass
-class GOPDConfig(GRPOConfig):
+class GOPDConfig(GRPOConfig):  # type: ignore[misc]
     # docstyle-ignore
     r"""
     Configuration class for the [`GOPDTrainer`].
@@ -106,8 +123,13 @@ class GOPDConfig(GRPOConfig):
             before it scores the student's completion: the problem with its solution, for example. The reference reads
             `prompt`.
         overlong_teacher_prompts (`str`, *optional*, defaults to `"raise"`):
-            What becomes of a row whose teacher's prompt and completion exceed the teacher's context: `"raise"`, or
-            `"drop"` to leave it out of the loss. Nothing is ever truncated.
+            What becomes of a row whose prompt and completion exceed the context of its teacher or of its reference:
+            `"raise"`, or `"drop"` to leave it out of the loss. Nothing is ever truncated.
+        gopd_eos_mismatch (`str`, *optional*, defaults to `"raise"`):
+            What becomes of a teacher or reference that ends its answers with another token than the student, such as
+            a base model beside a chat model. `"raise"` refuses it if the two have no end token in common, and warns if
+            only the first ones differ. `"map"` lets it read and score the student's end token as its own. `"keep"`
+            scores the student's end token as it is: if the model never ends with it, the student learns not to end.
         logprob_cache_dir (`str`, *optional*):
             Folder for the log-probabilities of frozen models, one SQLite file each. A completion that one of them has
             scored after the same prompt is not scored again, in this run or another; a file can stand for its model.
@@ -138,6 +160,17 @@ class GOPDConfig(GRPOConfig):
             Revision of the reference on the Hub.
         ref_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments of `from_pretrained` for a reference given by name, as for the teacher.
+
+        > Parameters that control what is done about numbers that are not finite
+
+        gopd_nonfinite (`str`, *optional*, defaults to `"raise"`):
+            What is done when a frozen model, the student, a task reward or the norm of the gradient gives NaN or an
+            infinite number: `"raise"` stops the run with the row and the model at fault, `"skip"` leaves the optimizer
+            step out on all ranks and logs `gopd/skipped_steps`. Weights, optimizer and learning rate are then as if
+            there had been no such step. Not with DeepSpeed, which takes the step inside the backward pass.
+        gopd_max_skipped_steps (`int`, *optional*, defaults to `10`):
+            Optimizer steps left out in a row with which `"skip"` stops the run. Steps that a float16 gradient scaler
+            leaves out by itself are not counted.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + [
@@ -240,8 +273,16 @@ class GOPDConfig(GRPOConfig):
     overlong_teacher_prompts: str = field(
         default="raise",
         metadata={
-            "help": "What becomes of a row whose teacher's prompt and completion exceed the teacher's context.",
+            "help": "What becomes of a row that exceeds the context of its teacher or of its reference.",
             "choices": ["raise", "drop"],
+        },
+    )
+    gopd_eos_mismatch: str = field(
+        default="raise",
+        metadata={
+            "help": "What becomes of a teacher or reference that ends its answers with another token than the "
+            "student: 'raise', 'map' to score the student's end token as its own, or 'keep' to score it as it is.",
+            "choices": list(EOS_MISMATCHES),
         },
     )
     logprob_cache_dir: str | None = field(
@@ -275,7 +316,19 @@ class GOPDConfig(GRPOConfig):
         default=None, metadata={"help": "Keyword arguments of `from_pretrained` for the reference."}
     )
 
-    def __post_init__(self):
+    # Parameters that control what is done about numbers that are not finite
+    gopd_nonfinite: str = field(
+        default="raise",
+        metadata={
+            "help": "What is done about NaN and infinite numbers: stop the run, or leave the optimizer step out.",
+            "choices": list(NONFINITE),
+        },
+    )
+    gopd_max_skipped_steps: int = field(
+        default=10, metadata={"help": "Optimizer steps left out in a row with which 'skip' stops the run."}
+    )
+
+    def __post_init__(self) -> None:
         if self.num_generations is None or self.num_generations < 1:
             raise ValueError(f"`num_generations` must be at least 1, got {self.num_generations}. Use 1.")
         if self.num_generations == 1:
@@ -286,7 +339,7 @@ class GOPDConfig(GRPOConfig):
         self._check_objective()
         self._check_grpo_options()
 
-    def _check_objective(self):
+    def _check_objective(self) -> None:
         # the chained comparisons also refuse NaN
         if not 0 <= self.gopd_lambda < math.inf:
             raise ValueError(f"`gopd_lambda` must be finite and >= 0, got {self.gopd_lambda}. Use 1.0 for plain OPD.")
@@ -304,9 +357,16 @@ class GOPDConfig(GRPOConfig):
                 f"`gopd_estimator` must be one of {list(ESTIMATORS)}, got {self.gopd_estimator!r}. Use 'sampled' for "
                 "the paper's."
             )
+        if self.gopd_nonfinite not in NONFINITE:
+            raise ValueError(f"`gopd_nonfinite` must be one of {list(NONFINITE)}, got {self.gopd_nonfinite!r}.")
         if self.overlong_teacher_prompts not in ("raise", "drop"):
             raise ValueError(
                 f"`overlong_teacher_prompts` must be 'raise' or 'drop', got {self.overlong_teacher_prompts!r}."
+            )
+        if self.gopd_eos_mismatch not in EOS_MISMATCHES:
+            raise ValueError(
+                f"`gopd_eos_mismatch` must be one of {list(EOS_MISMATCHES)}, got {self.gopd_eos_mismatch!r}. Use "
+                "'raise' to be told of a mismatch."
             )
         clip = self.gopd_extrapolation_clip
         if clip is not None and not 0 < clip < math.inf:
@@ -317,6 +377,7 @@ class GOPDConfig(GRPOConfig):
             ("gopd_chunk_size", 1, 256),
             ("gopd_top_k", 1, 64),
             ("num_loss_tokens_to_skip", 0, 0),
+            ("gopd_max_skipped_steps", 1, 10),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}. Use {usual}.")
@@ -349,17 +410,18 @@ class GOPDConfig(GRPOConfig):
 
     def build_lambda_schedule(self) -> LambdaSchedule:
         """The schedule of λ that the fields describe."""
+        back_off: Any = self.gopd_back_off  # text has been parsed by now
         try:
             return LambdaSchedule(
                 self.gopd_lambda_schedule,
                 warmup_steps=self.gopd_lambda_warmup_steps,
                 gain=self.gopd_lambda_gain,
-                back_off=None if self.gopd_back_off is None else BackOff(**self.gopd_back_off),
+                back_off=None if back_off is None else BackOff(**back_off),
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"The schedule of λ (`gopd_lambda_schedule`, `gopd_back_off`): {error}") from error
 
-    def _check_grpo_options(self):
+    def _check_grpo_options(self) -> None:
         refused = {
             "importance_sampling_level": (
                 self.importance_sampling_level != "token",
@@ -401,16 +463,15 @@ class GOPDConfig(GRPOConfig):
         for name, (is_refused, reason) in refused.items():
             if is_refused:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` has no meaning in G-OPD: {reason}")
-        biased = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
-        changed = {
-            name: getattr(self, name)
-            for name, neutral in biased.items()
-            if getattr(self, name) != neutral and not (name == "top_k" and self.top_k in (-1, None))
-        }
+        given = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
+        if isinstance(self.generation_kwargs, dict):
+            given |= self.generation_kwargs
+        neutral = {**NEUTRAL_SAMPLING, "temperature": (self.temperature,)}
+        changed = {name: value for name, value in given.items() if value not in neutral.get(name, (value,))}
         if changed:
             warnings.warn(
                 f"Sampling with {changed} draws from another distribution than the student that is scored, which "
-                f"biases the estimate of the gradient. Use { {name: biased[name] for name in changed} }.",
+                f"biases the estimate of the gradient. Use { {name: neutral[name][0] for name in changed} }.",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,  # past this method, `__post_init__` and the generated `__init__`
             )

@@ -4,11 +4,33 @@ chat template. The completion's ids stay the student's, so that each is scored a
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from .batch import Batch
+from .contexts import Contexts, shortened
+from .frozen.tokenizers import different_id
+
+
+@dataclass(frozen=True)
+class RenderedPrompts:
+    """
+    What the teachers of a batch read.
+
+    Args:
+        is_readable (`torch.Tensor` of shape `(B,)`):
+            0 for a row that its teacher or its reference cannot read and that is left out of the loss.
+        prompt_ids, prompt_mask (`torch.Tensor` of shape `(B, P')`, *optional*):
+            Ids of the teachers' prompts, padded left, and 1 where there is one. A row that is left out has the
+            student's prompt. `None` if all teachers read what the student reads.
+    """
+
+    is_readable: Tensor
+    prompt_ids: Tensor | None = None
+    prompt_mask: Tensor | None = None
 
 
 class TeacherPrompts:
@@ -19,17 +41,18 @@ class TeacherPrompts:
         functions (`Mapping[str | None, Callable]`):
             By teacher id, what makes a prompt, a string or a list of messages, of a row. Goes before the column.
         tokenizers (`Mapping[str | None, PreTrainedTokenizerBase]`):
-            By teacher id, the tokenizer whose chat template renders its prompts. Its ids must be the student's.
+            By teacher id, the tokenizer whose chat template renders its prompts. It must have the student's ids, and
+            may have more.
         column (`str`):
             Column of the data set with a row's prompt for its teacher.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The student's, for the other teachers.
+        chat_template (`str`, *optional*):
+            What the student's tokenizer is given in place of its own template. The templates of `tokenizers` stay.
         template_options (`Mapping[str, Any]`):
-            Keyword arguments of `apply_chat_template` for the student's tokenizer.
-        contexts (`Mapping[str | None, int | None]`):
-            By teacher id, how many tokens a teacher can read, if it is known.
-        drops_overlong (`bool`):
-            Whether a row that a teacher cannot read is left out of the loss instead of raising.
+            Further keyword arguments of `apply_chat_template`, for all tokenizers.
+        contexts ([`Contexts`]):
+            How many tokens the frozen models can read.
 
     Raises:
         `ValueError`: if a tokenizer has other ids than the student's.
@@ -42,80 +65,80 @@ class TeacherPrompts:
         *,
         column: str,
         tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None,
         template_options: Mapping[str, Any],
-        contexts: Mapping[str | None, int | None],
-        drops_overlong: bool = False,
+        contexts: Contexts,
     ) -> None:
         for teacher_id, other in tokenizers.items():
-            if other.get_vocab() != tokenizer.get_vocab():
+            index = different_id(tokenizer, other)
+            if index is not None:
                 name = "teacher_processing_class" + ("" if teacher_id is None else f"[{teacher_id!r}]")
                 raise ValueError(
-                    f"`{name}` has other token ids than the student's tokenizer. Only its chat template may differ."
+                    f"`{name}` has other token ids than the student's tokenizer, {index} for example. Only its chat "
+                    "template may differ, and it may have further ids."
                 )
         self.functions, self.tokenizers, self.column = functions, tokenizers, column
-        self.tokenizer, self.template_options = tokenizer, template_options
-        self.contexts, self.drops_overlong = contexts, drops_overlong
+        self.tokenizer, self.chat_template, self.template_options = tokenizer, chat_template, template_options
+        self.contexts = contexts
 
     def __call__(
         self,
         rows: Sequence[Mapping[str, Any]],
-        teacher_ids: Sequence[str | None],
+        batch: Batch,
         *,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        completion_mask: Tensor,
-    ) -> dict[str, Tensor]:
+        prompts: Sequence[Any],
+        tools: Sequence[list[Callable[..., Any]]],
+    ) -> RenderedPrompts:
         """
-        The prompts of a batch.
+        What the teachers of a batch read.
 
         Args:
             rows (`Sequence[Mapping]`):
                 Rows of the data set.
-            teacher_ids (`Sequence[str | None]`):
-                The teacher of each.
-            prompt_ids (`torch.Tensor` of shape `(B, P)`), prompt_mask (`torch.Tensor` of shape `(B, P)`):
-                The student's prompts, padded left.
-            completion_mask (`torch.Tensor` of shape `(B, T)`):
-                1 where a completion has a token.
-
-        Returns:
-            `dict[str, torch.Tensor]`: empty if all teachers read what the student reads. Otherwise
-            `teacher_prompt_ids` and `teacher_prompt_mask` of shape `(B, P')`, padded left, and `is_readable` of shape
-            `(B,)`, 0 for a row that its teacher cannot read and that is left out; it has the student's prompt instead.
+            batch ([`Batch`]):
+                The same rows with their completions.
+            prompts (`Sequence`):
+                What the student's prompts were rendered from. An environment may have added to that of the row.
+            tools (`Sequence[list[Callable]]`):
+                Tools that the student's prompts name.
 
         Raises:
-            `ValueError`: if a prompt and its completion exceed a teacher's context, unless such rows are dropped.
+            `ValueError`: if a model has no room for a prompt and its completion, unless such rows are dropped.
         """
-        rendered = [self._render(row, teacher_id) for row, teacher_id in zip(rows, teacher_ids, strict=True)]
-        if all(ids is None for ids in rendered):
-            return {}
-        lengths = completion_mask.sum(1).tolist()
-        prompts, is_readable = [], []
-        for number, ids in enumerate(rendered):
-            own = prompt_ids[number][prompt_mask[number].bool()]
-            context = self.contexts[teacher_ids[number]]
-            fits = ids is None or context is None or len(ids) + lengths[number] <= context
-            if not fits and not self.drops_overlong:
-                raise ValueError(
-                    f"The teacher's prompt for the row with the prompt {rows[number]['prompt']!r} has {len(ids)} "
-                    f"tokens, which with the {lengths[number]} of the completion exceed its context of {context}. "
-                    "Shorten it, or set `overlong_teacher_prompts='drop'`."
-                )
-            prompts.append(own if ids is None or not fits else own.new_tensor(ids))
-            is_readable.append(fits)
-        width = max(map(len, prompts))
-        padded = prompt_ids.new_full((len(prompts), width), int(self.tokenizer.pad_token_id))
-        mask = prompt_mask.new_zeros(padded.shape)
-        for number, ids in enumerate(prompts):
-            padded[number, width - len(ids) :] = ids
-            mask[number, width - len(ids) :] = 1
-        return {
-            "teacher_prompt_ids": padded,
-            "teacher_prompt_mask": mask,
-            "is_readable": torch.tensor(is_readable, dtype=prompt_mask.dtype, device=prompt_mask.device),
-        }
+        ids = list(self.contexts.models["teacher_model"])
+        teacher_ids = [ids[index] for index in batch.teacher_index.tolist()]
+        rendered = [self._render(*row) for row in zip(rows, teacher_ids, prompts, tools, strict=True)]
+        lengths = batch.prompt_mask.sum(1).tolist()
+        is_readable = self.contexts.readable(
+            rows,
+            teacher_ids,
+            gopd_lambda=batch.gopd_lambda,
+            teacher_lengths=[
+                length if own is None else len(own) for own, length in zip(rendered, lengths, strict=True)
+            ],
+            reference_lengths=lengths,
+            completion_lengths=batch.completion_mask.sum(1).tolist(),
+        )
+        readable = batch.prompt_mask.new_tensor(is_readable)
+        if all(own is None for own in rendered):
+            return RenderedPrompts(readable)
+        read = [
+            batch.prompt_ids[number][batch.prompt_mask[number].bool()]
+            if own is None or not is_readable[number]
+            else batch.prompt_ids.new_tensor(own)
+            for number, own in enumerate(rendered)
+        ]
+        width = max(map(len, read))
+        padded = batch.prompt_ids.new_full((len(read), width), int(self.tokenizer.pad_token_id))
+        mask = batch.prompt_mask.new_zeros(padded.shape)
+        for number, prompt in enumerate(read):
+            padded[number, width - len(prompt) :] = prompt
+            mask[number, width - len(prompt) :] = 1
+        return RenderedPrompts(readable, padded, mask)
 
-    def _render(self, row: Mapping[str, Any], teacher_id: str | None) -> list[int] | None:
+    def _render(
+        self, row: Mapping[str, Any], teacher_id: str | None, read: Any, tools: list[Callable[..., Any]]
+    ) -> list[int] | None:
         if teacher_id in self.functions:
             prompt = self.functions[teacher_id](row)
         else:
@@ -123,18 +146,27 @@ class TeacherPrompts:
         if prompt is None:
             if teacher_id not in self.tokenizers:
                 return None
-            prompt = row["prompt"]
-        tokenizer, options = self.tokenizer, self.template_options
-        if teacher_id in self.tokenizers:
-            tokenizer, options = self.tokenizers[teacher_id], {}
+            prompt = read
+        # An empty list is not the same to all templates as no tools.
+        options = {"tools": tools or None, **self.template_options}
+        tokenizer = self.tokenizers.get(teacher_id)
+        if tokenizer is None:
+            tokenizer, options = self.tokenizer, {"chat_template": self.chat_template, **options}
         if isinstance(prompt, str):
-            return list(tokenizer(text=prompt)["input_ids"])
-        if not isinstance(prompt, list) or not prompt or not all(isinstance(message, Mapping) for message in prompt):
-            raise TypeError(
-                f"The teacher's prompt must be a string or a list of messages, got {prompt!r} for the row with the "
-                f"prompt {row['prompt']!r}."
+            ids = list(tokenizer(text=prompt)["input_ids"])
+        elif isinstance(prompt, list) and prompt and all(isinstance(message, Mapping) for message in prompt):
+            encoded = tokenizer.apply_chat_template(
+                conversation=prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **options
             )
-        encoded = tokenizer.apply_chat_template(
-            conversation=prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **options
-        )
-        return list(encoded["input_ids"])
+            ids = list(encoded["input_ids"])
+        else:
+            raise TypeError(
+                f"The teacher's prompt must be a string or a list of messages, got {shortened(prompt)} for the row "
+                f"with the prompt {shortened(read)}."
+            )
+        if not ids:
+            raise ValueError(
+                f"The teacher's prompt {shortened(prompt)} for the row with the prompt {shortened(read)} has no "
+                "tokens. Give at least one, or None for the student's prompt."
+            )
+        return ids

@@ -93,3 +93,29 @@ def stored_completions(
                 f"batch, got {size}. Complete the column, or drop it."
             )
     return completions, [row[LOGPS] for row in rows]
+
+
+def stored_ratio(
+    student_logps: Tensor, sampler_logps: Sequence[Sequence[float]], mask: Tensor, largest: float | None
+) -> Tensor:
+    """
+    Importance weights π/μ of the tokens of stored completions.
+
+    Args:
+        student_logps (`torch.Tensor` of shape `(B, T)`):
+            Nats under the student, log π.
+        sampler_logps (`Sequence[Sequence[float]]`):
+            Nats under the sampler, log μ, as `stored_completions` returns them.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            1 where a completion has a token.
+        largest (`float`, *optional*):
+            Upper bound.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: float32, detached; 1 where `mask` is 0.
+    """
+    sampled = torch.zeros(mask.shape, device=mask.device)
+    for number, logps in enumerate(sampler_logps):
+        sampled[number, : len(logps)] = torch.tensor(logps)
+    weights = ((student_logps.detach().float() - sampled) * mask).exp()
+    return weights.clamp(max=largest)

@@ -20,21 +20,21 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .rollouts import pad_ids, token_ids
-from .state import is_same_identity
+from ..batch import Sequences
+from ..rollouts import pad_ids, token_ids
+from .identity import is_partial, is_same_identity
+from .protocols import Scorer
 
 
-if TYPE_CHECKING:
-    from .teachers import Scorer
-
-
+CACHE_SUFFIX = ".sqlite3"
 APPLICATION_ID = int.from_bytes(b"GOPD")
 FORMAT = 1  # of the tables and keys below
 LOCK_SECONDS = 60.0  # for which another process may hold the file
@@ -66,7 +66,7 @@ class LogprobCache:
         temperature (`float`):
             Sampling temperature that divides the logits.
         identity (`dict[str, Any]`, *optional*):
-            The model, as [`~trl_gopd.gopd.teachers.Scorer.identity`] describes it. The checksums of the weights decide
+            The model, as [`Scorer.identity`] describes it. The checksums of the weights decide
             where both are known, otherwise names, revisions and adapters: of a sharded model only these are, and new
             weights under an old name go unnoticed. If `None`, the file has to be there, is taken for whatever model it
             holds, and is never written to.
@@ -77,7 +77,9 @@ class LogprobCache:
         `OSError`: If it cannot be used, here or in any method.
     """
 
-    def __init__(self, path: str | os.PathLike, *, temperature: float, identity: Mapping[str, Any] | None = None):
+    def __init__(
+        self, path: str | os.PathLike[str], *, temperature: float, identity: Mapping[str, Any] | None = None
+    ) -> None:
         if not 0 < temperature < math.inf:
             raise ValueError(f"`temperature` must be finite and > 0, got {temperature}. Give the sampler's.")
         self.path, self.temperature = Path(path), float(temperature)
@@ -127,6 +129,12 @@ class LogprobCache:
                 )
             text, temperature = connection.execute("SELECT identity, temperature FROM model").fetchone()
         found: dict[str, Any] = json.loads(text)
+        if is_partial(found) and identity is not None and not is_partial(identity) and identity.get("weights"):
+            raise ValueError(
+                f"The log-probability cache {self.path} was filled by an earlier version, whose checksum "
+                f"{found['weights']!r} did not cover all weights, so it is not known whether {dict(identity)} is the "
+                "model that it holds. Give another path to score anew, or open it without the model."
+            )
         if temperature != self.temperature or identity is not None and not is_same_identity(found, identity):
             asked = "any model" if identity is None else dict(identity)
             raise ValueError(
@@ -199,8 +207,8 @@ class CachedScorer:
     Scores like the model it wraps, but no row twice.
 
     Args:
-        wrapped ([`~trl_gopd.gopd.teachers.Scorer`] or `None`):
-            The model, which has an `accelerator` if it is sharded. `None` for none: then all rows have to be stored.
+        wrapped ([`Scorer`] or `None`):
+            The model. `None` for none: then all rows have to be stored.
         path (`str` or `os.PathLike`), temperature (`float`):
             As for [`LogprobCache`].
 
@@ -211,7 +219,7 @@ class CachedScorer:
             Rows that the model had to score.
     """
 
-    def __init__(self, wrapped: "Scorer | None", path: str | os.PathLike, *, temperature: float):
+    def __init__(self, wrapped: Scorer | None, path: str | os.PathLike[str], *, temperature: float) -> None:
         self.wrapped = wrapped
         identity = None if wrapped is None else wrapped.identity()
         self.cache = LogprobCache(path, temperature=temperature, identity=identity)
@@ -231,36 +239,35 @@ class CachedScorer:
         """What tells the model from another one."""
         return self.cache.identity if self.wrapped is None else self.wrapped.identity()
 
-    def score(self, input_ids: Tensor, attention_mask: Tensor, completion_ids: Tensor) -> Tensor:
+    def score(self, sequences: Sequences) -> Tensor:
         """
-        Log-probabilities of completions.
+        Log-probabilities of the scored tokens.
 
-        Only rows that are not stored go through the model, each with the padding that it has here. As soon as one rank
-        misses a row, a sharded model gets all rows of every rank, so that they stay in step.
+        Only rows that are not stored go through the model, each with the padding that it has here, and then all
+        tokens of their completions are scored and stored. As soon as one rank misses a row, a sharded model gets all
+        rows of every rank, so that they stay in step.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(B, L)`), attention_mask (`torch.Tensor` of shape `(B, L)`):
+            sequences ([`Sequences`]):
                 Prompts of at least one token, padded left, and completions, padded right.
-            completion_ids (`torch.Tensor` of shape `(B, T)`):
-                The last `T` columns of `input_ids`.
 
         Returns:
-            `torch.Tensor` of shape `(B, T)`: float32 nats, 0 where `attention_mask` is.
+            `torch.Tensor` of shape `(B, T)`: float32 nats; 0 for tokens that are not scored.
 
         Raises:
             `ValueError`: If a mask has a gap, or rows are missing and there is no model.
         """
-        mask = attention_mask.bool().cpu()
-        written = mask[:, input_ids.size(1) - completion_ids.size(1) :]
-        keys = _row_keys(input_ids.cpu(), mask, completion_ids.size(1))
+        input_ids, mask, num_tokens = sequences.input_ids, sequences.attention_mask.bool().cpu(), sequences.num_tokens
+        written = mask[:, input_ids.size(1) - num_tokens :]
+        keys = _row_keys(input_ids.cpu(), mask, num_tokens)
         known = self.cache.read(key for key in keys if key is not None)
         missing = {key: row for row, key in enumerate(keys) if key is not None and key not in known}
         self.misses += len(missing)
         self.hits += sum(key is not None for key in keys) - len(missing)
 
         called = list(missing.values())
-        if self.is_sharded:
-            counts = self.wrapped.accelerator.gather(torch.tensor([len(called)], device=input_ids.device))
+        if self.wrapped is not None and self.wrapped.is_sharded:
+            counts = gather(torch.tensor([len(called)], device=input_ids.device))
             called = list(range(len(keys))) if bool(counts.any()) else []
         if called:
             if self.wrapped is None:
@@ -270,22 +277,22 @@ class CachedScorer:
                     "prompts (as the chat template renders them) and completions, or pass the model."
                 )
             rows = torch.tensor(called, device=input_ids.device)
-            logps = self.wrapped.score(input_ids[rows], attention_mask[rows], completion_ids[rows])
+            logps = self.wrapped.score(Sequences.of(input_ids[rows], sequences.attention_mask[rows], num_tokens))
             scored = dict(zip(called, logps.float().cpu(), strict=True))
             fresh = {key: scored[row][written[row]] for key, row in missing.items()}
             self.cache.write(fresh)
             known |= fresh
 
-        result = torch.zeros(completion_ids.shape, dtype=torch.float32)
+        result = torch.zeros(sequences.scored.shape, dtype=torch.float32)
         for row, key in enumerate(keys):
             if key is not None:
                 result[row, written[row]] = known[key]
-        return result.to(completion_ids.device)
+        return result.to(input_ids.device).masked_fill(~sequences.scored, 0.0)
 
 
 def precompute(
-    scorer: "Scorer",
-    path: str | os.PathLike,
+    scorer: Scorer,
+    path: str | os.PathLike[str],
     rollouts: Sequence[Mapping[str, Any]],
     *,
     temperature: float,
@@ -299,7 +306,7 @@ def precompute(
     have to pass the same.
 
     Args:
-        scorer ([`~trl_gopd.gopd.teachers.Scorer`]):
+        scorer ([`Scorer`]):
             The model.
         path (`str` or `os.PathLike`), temperature (`float`):
             As for [`LogprobCache`].
@@ -334,11 +341,8 @@ def precompute(
             )
             prompt_ids, prompt_mask = pad_ids(prompts, side="left", device=device)
             completion_ids, completion_mask = pad_ids(completions, side="right", device=device)
-            cached.score(
-                torch.cat([prompt_ids, completion_ids], 1),
-                torch.cat([prompt_mask, completion_mask], 1),
-                completion_ids,
-            )
+            ids, mask = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, completion_mask], 1)
+            cached.score(Sequences.of(ids, mask, completion_ids.size(1)))
             bar.update(len(numbers))
     return cached.misses
 

@@ -18,7 +18,7 @@ from urllib.request import Request, urlopen
 import torch
 from torch import Tensor
 
-from .teachers import Scorer
+from ..batch import Sequences
 
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def is_url(given: Any) -> bool:
     return isinstance(given, str) and given.startswith(("http://", "https://"))
 
 
-class ServedScorer(Scorer):
+class ServedScorer:
     """
     A model that a vLLM server scores with. Every rank asks for its own rows.
 
@@ -85,34 +85,32 @@ class ServedScorer(Scorer):
 
     @property
     def is_sharded(self) -> bool:
+        """Whether all ranks have to call it together."""
         return False
 
     @property
     def context(self) -> int | None:
+        """How many tokens it can read, if that is known."""
         return None if self._max_length is None else self._max_length - 1  # the server always generates a token
 
     def identity(self) -> dict[str, Any]:
+        """Name and address of the model."""
         # the model, and not where it is served: that may change when a run is resumed
         return {"name": self.source, "revision": None, "weights": None, "url": self.url}
 
-    def score(self, input_ids: Tensor, attention_mask: Tensor, completion_ids: Tensor) -> Tensor:
-        """
-        Log-probabilities `(B, T)` in float32 nats of `completion_ids`, the last `T` columns of `input_ids`; 0 where
-        `attention_mask` is 0.
-        """
-        return self._ask_for(input_ids, attention_mask, completion_ids)[0]
+    def score(self, sequences: Sequences) -> Tensor:
+        """Log-probabilities `(B, T)` of the scored tokens in float32 nats; 0 for the other tokens."""
+        return self._ask_for(sequences)[0]
 
-    def score_top(
-        self, input_ids: Tensor, attention_mask: Tensor, completion_ids: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def score_top(self, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
         """
-        Log-probabilities of `completion_ids`, and the `top_k` likeliest ids of each state with theirs.
+        Log-probabilities of the scored tokens, and the `top_k` likeliest ids of each state with theirs.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: `(B, T)` as from `score`, ids `(B, T, top_k)` in int64,
-            distinct where `attention_mask` is 1, and `(B, T, top_k)` in float32 nats.
+            distinct where a token is scored, and `(B, T, top_k)` in float32 nats.
         """
-        logps, is_scored, tokens, answers = self._ask_for(input_ids, attention_mask, completion_ids)
+        logps, tokens, answers = self._ask_for(sequences)
         # The server adds the sampled id to the likeliest ones, if it is not among them: which ids are taken must not
         # depend on what was sampled.
         tops = [
@@ -125,27 +123,28 @@ class ServedScorer(Scorer):
         top_ids = torch.zeros(*logps.shape, self.top_k, dtype=torch.long, device=logps.device)
         top_logps = logps.new_zeros(top_ids.shape)
         if tops:
-            top_ids[is_scored] = top_ids.new_tensor([list(top) for top in tops])
-            top_logps[is_scored] = logps.new_tensor([list(top.values()) for top in tops])
+            top_ids[sequences.scored] = top_ids.new_tensor([list(top) for top in tops])
+            top_logps[sequences.scored] = logps.new_tensor([list(top.values()) for top in tops])
         return logps, top_ids, top_logps
 
-    def _ask_for(
-        self, input_ids: Tensor, attention_mask: Tensor, completion_ids: Tensor
-    ) -> tuple[Tensor, Tensor, list[int], list[dict[int, float]]]:
+    def _ask_for(self, sequences: Sequences) -> tuple[Tensor, list[int], list[dict[int, float]]]:
         """
-        Log-probabilities `(B, T)` of the last `T` tokens; which of these are scored `(B, T)`; the tokens that are, row
-        by row; and for each of them log-probabilities by id.
+        Log-probabilities `(B, T)` of the scored tokens, these tokens row by row, and for each of them a dictionary of
+        log-probabilities by id.
         """
-        seen = attention_mask.bool()
-        is_scored = seen[:, seen.size(1) - completion_ids.size(1) :]
-        sequences = [ids[mask].tolist() for ids, mask in zip(input_ids, seen, strict=True)]
-        counts = is_scored.sum(1).tolist()
+        seen, scored = sequences.attention_mask.bool(), sequences.scored
+        ids = [row[mask].tolist() for row, mask in zip(sequences.input_ids, seen, strict=True)]
+        # Of the tokens that are seen, the server answers from the first scored one on.
+        wanted = [
+            own[mask].tolist() for own, mask in zip(scored, seen[:, seen.size(1) - scored.size(1) :], strict=True)
+        ]
+        counts = [len(own) - own.index(True) if any(own) else 0 for own in wanted]
         rows = [row for row, count in enumerate(counts) if count]
 
         def ask(start: int) -> list[list[dict[int, float]]]:
             part = rows[start : start + self.batch_size]
             return self._distributions(
-                [sequences[row] for row in part],
+                [ids[row] for row in part],
                 [counts[row] for row in part],
                 part,
                 temperature=self.temperature,
@@ -154,11 +153,17 @@ class ServedScorer(Scorer):
 
         with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
             answers = [row for part in pool.map(ask, range(0, len(rows), self.batch_size)) for row in part]
-        tokens = [token for row in rows for token in sequences[row][-counts[row] :]]
-        by_ids = [by_id for answer in answers for by_id in answer]
-        logps = torch.zeros(completion_ids.shape, dtype=torch.float32, device=completion_ids.device)
-        logps[is_scored] = logps.new_tensor([by_id[token] for token, by_id in zip(tokens, by_ids, strict=True)])
-        return logps, is_scored, tokens, by_ids
+        tokens: list[int] = []
+        by_ids: list[dict[int, float]] = []
+        for row, answer in zip(rows, answers, strict=True):
+            last = slice(-counts[row], None)
+            for token, by_id, own in zip(ids[row][last], answer, wanted[row][last], strict=True):
+                if own:
+                    tokens.append(token)
+                    by_ids.append(by_id)
+        logps = torch.zeros(scored.shape, dtype=torch.float32, device=sequences.input_ids.device)
+        logps[scored] = logps.new_tensor([by_id[token] for token, by_id in zip(tokens, by_ids, strict=True)])
+        return logps, tokens, by_ids
 
     def _check_temperature(self, role: str) -> None:
         """

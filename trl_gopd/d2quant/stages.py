@@ -1,0 +1,279 @@
+"""
+One block: its linears are rounded stage by stage, and then packed.
+
+A stage is the set of linears that read one tensor; they share H and D. In each block, in order,
+
+    full weights     full stream → inputs of every stage, and the next full stream
+                     quantized stream → output of the norm before the MLP, which DAC aims at
+    q, k, v; o       inputs on the quantized stream → H, D → round
+    DAC              mean deviation of that norm's output → biases of gate and up
+    gate, up; down   inputs → H, D → round; the column scale of down → rows of up
+    packed           quantized stream → the next quantized stream
+
+One block's statistics are in memory at a time, and one window's inputs, except those of GPTAQ and DAC.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from trl_gopd.d2quant.config import D2QuantConfig
+from trl_gopd.d2quant.convert import pack_linear, replace_linear
+from trl_gopd.d2quant.correction import Deviation, mean_shift
+from trl_gopd.d2quant.report import BlockReport, LinearReport
+from trl_gopd.d2quant.rounding import RoundingResult, round_weight
+from trl_gopd.d2quant.streams import BlockCalls, Streams
+from trl_gopd.d2quant.topology import Block
+
+
+@dataclass
+class RoundedLinears:
+    """
+    What the linears of a block will hold once they are packed, by their names in the block.
+
+    Args:
+        results (`dict[str, RoundingResult]`): codes and group parameters; column scales have been taken out of them.
+        input_scales (`dict[str, torch.Tensor]`): column scales that nothing in the block can absorb.
+    """
+
+    results: dict[str, RoundingResult] = field(default_factory=dict)
+    input_scales: dict[str, Tensor] = field(default_factory=dict)
+
+
+def quantize_block(block: Block, calls: BlockCalls, streams: Streams, config: D2QuantConfig) -> BlockReport:
+    """
+    Quantizes a block in place, and moves both streams behind it.
+
+    Args:
+        block ([`~trl_gopd.d2quant.topology.Block`]): In full precision; the blocks before it are quantized.
+        calls ([`~trl_gopd.d2quant.streams.BlockCalls`]): How to run it.
+        streams ([`~trl_gopd.d2quant.streams.Streams`]): What enters it. Changed to what enters the next block.
+        config ([`D2QuantConfig`]): How to quantize.
+
+    Returns:
+        [`~trl_gopd.d2quant.report.BlockReport`]: errors and seconds of each linear.
+
+    Raises:
+        `ValueError`: if the inputs of a linear are not finite, or a Hessian is not positive definite.
+    """
+    stages = linears_to_quantize(block, config)
+    shifted = _shifted_linears(block, stages, config)
+    full_inputs, targets = _run_in_full_precision(block, stages, shifted, calls, streams, config)
+    rounded, entries, explained = RoundedLinears(), [], None
+    for stage in stages:
+        head = stage[0]
+        # Made window by window as they are used: those of a whole stage would be the run's largest tensors.
+        inputs: Iterable[Tensor | None] = (calls.capture_input(block, hidden, head) for hidden in streams.quantized)
+        hessian = asymmetry = shift = None
+        if head in shifted[:1]:
+            inputs = list(inputs)  # used twice
+            shift, explained = _correct_deviation(targets, inputs, config)
+        if config.rounding != "rtn":
+            full = (captured.pop(head, None) for captured in full_inputs)
+            hessian, asymmetry = stage_statistics(inputs, full, shift)
+        for name in stage:
+            result, entry = _round_linear(block, name, hessian, asymmetry, config)
+            entries.append(entry)
+            _set_rounded(block, name, result, shift, rounded, config)
+    for name, result in rounded.results.items():
+        packed = pack_linear(block.linear(name), result.weight, config, input_scale=rounded.input_scales.get(name))
+        replace_linear(block.module, name, packed)
+    for index, hidden in enumerate(streams.quantized):
+        streams.quantized[index] = calls.run(block, hidden).to(hidden.device)
+    return BlockReport(entries, explained)
+
+
+def linears_to_quantize(block: Block, config: D2QuantConfig) -> list[tuple[str, ...]]:
+    """Names of the linears of `block` that `config` does not exclude, stage by stage, in order of execution."""
+    stages = [tuple(n for n in stage.linears if not config.skips(f"{block.name}.{n}")) for stage in block.stages]
+    return [stage for stage in stages if stage]
+
+
+def stage_statistics(
+    inputs: Iterable[Tensor | None], full_inputs: Iterable[Tensor | None], shift: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """
+    `H = 2/n Σ x xᵀ` and `D = 2/n Σ (x̃ − x) xᵀ` of the linears that read one tensor.
+
+    A router may send none of a window's tokens to an expert, or others than in full precision. Windows without tokens
+    are left out, and those whose tokens differ in number contribute to H only, though they count in the n of both.
+
+    Args:
+        inputs (`Iterable[torch.Tensor | None]`):
+            For each window x, `(tokens, in_features)`: what the linears read behind quantized linears.
+        full_inputs (`Iterable[torch.Tensor | None]`):
+            For each window x̃, of the same tokens: what they read in the full-precision model. `None` for GPTQ.
+        shift (`torch.Tensor`, *optional*):
+            float32 `(in_features,)`, DAC's mean, which is added to each x before anything else.
+
+    Returns:
+        `tuple[torch.Tensor | None, torch.Tensor | None]`: H and D, float32 `(in_features, in_features)` on the device
+        of the inputs; `None` where there was nothing to sum.
+    """
+    hessian = asymmetry = None
+    tokens = 0
+    for rows, full in zip(inputs, full_inputs, strict=True):
+        if rows is None:
+            continue
+        rows = rows.float() if shift is None else rows.float() + shift.to(rows.device)
+        hessian = rows.T @ rows if hessian is None else hessian.addmm_(rows.T, rows)
+        tokens += len(rows)
+        if full is not None and full.shape == rows.shape:
+            moved = full.float() - rows
+            asymmetry = moved.T @ rows if asymmetry is None else asymmetry.addmm_(moved.T, rows)
+    if hessian is None:
+        return None, None
+    return hessian.mul_(2 / tokens), None if asymmetry is None else asymmetry.mul_(2 / tokens)
+
+
+def _shifted_linears(block: Block, stages: list[tuple[str, ...]], config: D2QuantConfig) -> tuple[str, ...]:
+    """Linears whose biases take DAC's mean shift. None, if one of them stays dense: it has no packed bias for it."""
+    quantized = {name for stage in stages for name in stage}
+    return block.shift_linears if config.mean_shift and quantized.issuperset(block.shift_linears) else ()
+
+
+def _run_in_full_precision(
+    block: Block,
+    stages: list[tuple[str, ...]],
+    shifted: tuple[str, ...],
+    calls: BlockCalls,
+    streams: Streams,
+    config: D2QuantConfig,
+) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+    """
+    Moves the full stream behind the block. Returns, for each window, the inputs of each stage by its first linear,
+    with which GPTAQ compares, and the norm's output for the quantized stream while attention is still in full
+    precision, at which DAC aims.
+    """
+    heads = [stage[0] for stage in stages] if config.rounding == "gptaq" else []
+    full_inputs, targets = [], []
+    for index, (full, quantized) in enumerate(zip(streams.full, streams.quantized, strict=True)):
+        captured, streams.full[index] = calls.run_and_capture(block, full, heads)
+        full_inputs.append(captured)
+        for name in shifted[:1]:
+            target = calls.capture_input(block, quantized, name)
+            assert target is not None  # it was found by its being called
+            targets.append(target)
+    return full_inputs, targets
+
+
+def _correct_deviation(
+    targets: list[Tensor], inputs: list[Tensor | None], config: D2QuantConfig
+) -> tuple[Tensor, float]:
+    """DAC's mean shift, float32 `(hidden_size,)`, and the share of the deviation's energy that it removes."""
+    first, *rest = [
+        Deviation.of(target, rows) for target, rows in zip(targets, inputs, strict=True) if rows is not None
+    ]
+    deviation = sum(rest, first)
+    shift = mean_shift(deviation, gate=config.shift_gate, shrink=config.shift_shrink)
+    energy = deviation.squares.sum()
+    removed = (2 * shift * deviation.total - shift.square() * deviation.tokens).sum() / energy
+    return shift.float(), float(removed) if energy > 0 else 0.0
+
+
+def _round_linear(
+    block: Block, name: str, hessian: Tensor | None, asymmetry: Tensor | None, config: D2QuantConfig
+) -> tuple[RoundingResult, LinearReport]:
+    """Rounds one linear, which stays as it is. Statistics come to the device of its weight."""
+    start, full_name, weight = time.perf_counter(), f"{block.name}.{name}", block.linear(name).weight
+    if hessian is not None:
+        if not hessian.isfinite().all():
+            raise ValueError(
+                f"The inputs of `{full_name}` are not finite over the calibration tokens. Does the model give "
+                "finite logits for them, in this dtype? Load it in bfloat16 or float32."
+            )
+        hessian = hessian.to(weight.device)
+        asymmetry = None if asymmetry is None else asymmetry.to(weight.device)
+    is_second = name in {pair.consumer for pair in block.scale_pairs} or name in block.scale_reasons
+    grid = config.down_grid if is_second and config.down_grid is not None else config.grid
+    bits, group_size, scale_dtype = config.bits, config.group_size, config.torch_scale_dtype
+    result = round_weight(
+        weight,
+        hessian,
+        asymmetry,
+        bits=bits,
+        group_size=group_size,
+        grid=grid,
+        alpha=config.alpha,
+        damp_percent=config.damp_percent,
+        act_group_aware=config.act_group_aware,
+        hessian_weights=config.hessian_weights,
+        column_scale=config.column_scale and is_second,
+        iterations=config.iterations,
+        clip=config.clip,
+        scale_dtype=scale_dtype,
+    )
+    nearest_error = error = None
+    if hessian is not None:
+        nearest = round_weight(
+            weight, bits=bits, group_size=group_size, grid="affine", iterations=0, clip=False, scale_dtype=scale_dtype
+        )
+        nearest_error, error = (output_error(weight, rounded, hessian) for rounded in (nearest, result))
+    seconds = time.perf_counter() - start
+    return result, LinearReport(full_name, grid, bits, group_size, nearest_error, error, seconds)
+
+
+def output_error(weight: Tensor, result: RoundingResult, hessian: Tensor) -> float:
+    """`tr(Δ H Δᵀ)/tr(W H Wᵀ)`, the share of the output's energy that is lost; 0 where there is no energy."""
+    weight = weight.float()
+    difference = result.dequantize() - weight
+    energy = float(((weight @ hessian) * weight).sum())
+    return float(((difference @ hessian) * difference).sum()) / energy if energy > 0 else 0.0
+
+
+def _set_rounded(
+    block: Block,
+    name: str,
+    result: RoundingResult,
+    shift: Tensor | None,
+    rounded: RoundedLinears,
+    config: D2QuantConfig,
+) -> None:
+    """Until its block is packed, a linear holds what it will be as a dense weight, and the bias it will have."""
+    linear = block.linear(name)
+    dtype = linear.weight.dtype
+    shift_bias = None if shift is None else result.dequantize() @ shift.to(linear.weight.device)
+    if result.column_scale is not None:
+        absorb_column_scale(block, name, result.column_scale, rounded, config)
+        result = replace(result, column_scale=None)
+    rounded.results[name] = result
+    input_scale = rounded.input_scales.get(name)
+    dense = result.dequantize() if input_scale is None else result.dequantize() * input_scale
+    linear.weight.data = dense.to(dtype)
+    if shift_bias is not None:
+        bias = shift_bias if linear.bias is None else linear.bias + shift_bias
+        linear.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+
+
+def absorb_column_scale(
+    block: Block, consumer: str, scale: Tensor, rounded: RoundedLinears, config: D2QuantConfig
+) -> None:
+    """
+    Moves the column scale of `consumer` to the linear that makes its input: to the scales of its groups where that
+    linear is rounded, to its rows where it stays dense. Without such a linear it becomes a scale of the inputs.
+
+    Args:
+        block ([`~trl_gopd.d2quant.topology.Block`]): The block; the producer's weight and bias change.
+        consumer (`str`): Name of the linear in the block.
+        scale (`torch.Tensor`): float32 `(in_features,)`.
+        rounded ([`RoundedLinears`]): Changed in place.
+        config ([`D2QuantConfig`]): Dtype in which scales are stored.
+    """
+    pair = next((pair for pair in block.scale_pairs if pair.consumer == consumer), None)
+    if pair is None:
+        rounded.input_scales[consumer] = scale
+        return
+    producer = block.linear(pair.producer)
+    if producer.bias is not None:
+        producer.bias.data[pair.rows] *= scale.to(producer.bias)
+    if pair.producer not in rounded.results:
+        producer.weight.data[pair.rows] *= scale.to(producer.weight)[:, None]
+        return
+    old = rounded.results[pair.producer]
+    scales = old.weight.scales.clone()
+    scales[:, pair.rows] *= scale[:, None]
+    scales = scales.to(config.torch_scale_dtype).to(scales.dtype)
+    rounded.results[pair.producer] = new = replace(old, weight=replace(old.weight, scales=scales))
+    producer.weight.data = new.dequantize().to(producer.weight.dtype)

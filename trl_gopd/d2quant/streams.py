@@ -1,0 +1,146 @@
+"""
+Hidden-state streams: what enters the next block, window by window, in full precision and with the blocks so far
+quantized; how a block is run on them, and what its linears read meanwhile.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trl_gopd.d2quant.topology import Block, Topology
+
+
+class _Stop(Exception):
+    """Ends a forward pass once what it was run for has been seen."""
+
+
+@dataclass
+class Streams:
+    """
+    Hidden states of each calibration window, `(1, tokens, hidden_size)` on the CPU.
+
+    Args:
+        start (`list[torch.Tensor]`): before the first block.
+        full (`list[torch.Tensor]`): before the next block, as the full-precision model computes it.
+        quantized (`list[torch.Tensor]`): before the next block, as the blocks quantized so far compute it.
+    """
+
+    start: list[Tensor]
+    full: list[Tensor]
+    quantized: list[Tensor]
+
+    @classmethod
+    def before_first_block(cls, calls: "BlockCalls", windows: Tensor) -> "Streams":
+        """The streams of `windows` `(samples, tokens)`, before any block has run."""
+        start = [calls.first(window) for window in windows]
+        return cls(start, list(start), list(start))
+
+
+@dataclass
+class BlockCalls:
+    """
+    How to run one block, or everything before the first one, outside the model's own forward pass.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): the model.
+        first_block (`torch.nn.Module`): its first decoder block.
+        arguments (`dict`): positional and keyword arguments of each block but the hidden states, by its name.
+    """
+
+    model: PreTrainedModel
+    first_block: nn.Module
+    arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
+
+    @classmethod
+    def record(cls, model: PreTrainedModel, topology: Topology, windows: Tensor) -> "BlockCalls":
+        """Records masks, positions and the like in one pass. All windows have one length, and so the same."""
+        arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+        def hook_for(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                arguments[name] = (args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"})
+
+            return hook
+
+        with ExitStack() as hooks:
+            for block in topology.blocks:
+                handle = block.module.register_forward_pre_hook(hook_for(block.name), with_kwargs=True)
+                hooks.callback(handle.remove)
+            model.base_model(windows[:1].to(model.device), use_cache=False)
+        return cls(model, topology.blocks[0].module, arguments)
+
+    def first(self, window: Tensor) -> Tensor:
+        """Hidden states `(1, tokens, hidden_size)` that enter the first block, on the CPU."""
+        seen: list[Tensor] = []
+
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(args[0] if args else kwargs["hidden_states"])
+            raise _Stop
+
+        handle = self.first_block.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.model(window[None].to(self.model.device), use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+        return seen[0].detach().cpu()
+
+    def run(self, block: Block, hidden: Tensor) -> Tensor:
+        """Output of a block, `(1, tokens, hidden_size)` on the block's device."""
+        args, kwargs = self.arguments[block.name]
+        device = next(block.module.parameters()).device
+        output = block.module(hidden.to(device), *args, **kwargs)
+        output = output[0] if isinstance(output, tuple) else output
+        assert isinstance(output, Tensor)
+        return output
+
+    def run_and_capture(self, block: Block, hidden: Tensor, names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
+        """
+        Inputs `(tokens, features)` of the linears `names`, and the block's output, on the device of `hidden`. A linear
+        that the block calls more than once has the tokens of all calls, and one that it does not call is missing.
+        """
+        captured: dict[str, Tensor] = {}
+
+        def hook_for(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                rows = _token_rows(args)
+                captured[name] = torch.cat([captured[name], rows]) if name in captured else rows
+
+            return hook
+
+        with ExitStack() as hooks:
+            for name in names:
+                hooks.callback(block.linear(name).register_forward_pre_hook(hook_for(name)).remove)
+            output = self.run(block, hidden)
+        return {name: rows.to(hidden.device) for name, rows in captured.items()}, output.to(hidden.device)
+
+    def capture_input(self, block: Block, hidden: Tensor, name: str) -> Tensor | None:
+        """
+        Input `(tokens, features)` of the linear `name` when the block first calls it, on the device of `hidden`, or
+        `None` if the block does not call it. What comes after that call is not computed.
+        """
+        captured: list[Tensor] = []
+
+        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            captured.append(_token_rows(args))
+            raise _Stop
+
+        handle = block.linear(name).register_forward_pre_hook(stop)
+        try:
+            self.run(block, hidden)
+        except _Stop:
+            return captured[0].to(hidden.device)
+        finally:
+            handle.remove()
+        return None
+
+
+def _token_rows(args: tuple[Tensor, ...]) -> Tensor:
+    """The first argument of a linear as `(tokens, features)`."""
+    return args[0].detach().flatten(0, -2)
