@@ -35,7 +35,6 @@ from trl.models.utils import (  # noqa: E402
 from trl.trainer.utils import (  # noqa: E402
     create_model_from_path,
     get_config_model_id,
-    maybe_gather_lm_head_ctx,
     use_adapter,
 )
 
@@ -118,8 +117,7 @@ def gather_heads(*heads: torch.nn.Module | None) -> Iterator[None]:
     Ranks hold different numbers of chunks, so heads are gathered around the loop over chunks, never in it.
     """
     parameters = [parameter for head in heads if head is not None for parameter in head.parameters(recurse=False)]
-    # a model that DeepSpeed did not shard (quantized, or placed by the user) has no `ds_status`
-    with maybe_gather_lm_head_ctx(*[parameter for parameter in parameters if hasattr(parameter, "ds_status")]):
+    with _gathered(parameters):
         split: dict[int, Any] = {
             id(head): head for head in heads if hasattr(getattr(head, "weight", None), "full_tensor")
         }
@@ -131,6 +129,22 @@ def gather_heads(*heads: torch.nn.Module | None) -> Iterator[None]:
         finally:
             for head in split.values():
                 head.__dict__.pop("whole", None)
+
+
+@contextlib.contextmanager
+def _gathered(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    # TRL's own asks whether the student is trained with ZeRO-3; frozen models may be sharded where it is not. A model
+    # that DeepSpeed did not shard (quantized, or placed by the user) has no `ds_status`.
+    split = {
+        id(p): p for p in parameters if getattr(getattr(p, "ds_status", None), "name", "AVAILABLE") != "AVAILABLE"
+    }
+    if not split:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(split.values())):
+        yield
 
 
 def through_forward(

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .protocols import Scorer
 from .routed import RoutedScorer
 from .routing import Routing
 from .served import ServedScorer, is_url
+from .sharding import check_sharding, sharded_loading
 from .tokenizers import check_tokenizer, check_vocabulary
 
 
@@ -49,13 +51,20 @@ class FrozenModels:
 
     teachers: dict[str | None, Scorer]
     references: dict[str | None, Scorer]
-    accelerator: Any
     shared_adapters: list[str] = field(default_factory=list)
     caches: list[CachedScorer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.teacher = RoutedScorer(list(self.teachers.values()), self.accelerator)
-        self.reference = RoutedScorer(list(self.references.values()), self.accelerator) if self.references else None
+        self.teacher = RoutedScorer(list(self.teachers.values()))
+        self.reference = RoutedScorer(list(self.references.values())) if self.references else None
+
+    def prefetch(self) -> None:
+        """Begins to copy the weights of the first model that waits in CPU memory to the device, if there is room."""
+        for scorer in self.teacher.scorers:
+            inner = scorer.wrapped if isinstance(scorer, CachedScorer) else scorer
+            if isinstance(inner, LocalScorer) and inner.is_offloaded:
+                inner.prefetch()
+                return
 
     def modules(self, role: str) -> Any:
         """
@@ -145,6 +154,8 @@ class FrozenBuilder:
     ) -> None:
         self.args, self.accelerator, self.student, self.tokenizer = args, accelerator, student, tokenizer
         self.is_plain_base, self.asks_servers = is_plain_base, asks_servers
+        if args.shard_frozen_models:
+            check_sharding(accelerator)
         self.shared_adapters: list[str] = []
         self._built: dict[tuple[Any, ...], Scorer] = {}
 
@@ -174,7 +185,7 @@ class FrozenBuilder:
         caches: list[CachedScorer] = []
         if args.logprob_cache_dir is not None:
             caches = self._cache(Path(args.logprob_cache_dir), teachers, references)
-        return FrozenModels(teachers, references, self.accelerator, self.shared_adapters, caches)
+        return FrozenModels(teachers, references, self.shared_adapters, caches)
 
     def _build(
         self, given: Any, teacher_id: str | None, role: str, init_kwargs: dict[str, Any] | None, revision: str | None
@@ -217,6 +228,7 @@ class FrozenBuilder:
                 temperature=self.args.temperature,
                 batch_size=self.args.per_device_train_batch_size,
                 chunk_size=self.args.gopd_chunk_size,
+                batch_tokens=self.args.gopd_score_batch_tokens,
                 checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             )
         return self._built["student", name]
@@ -224,7 +236,9 @@ class FrozenBuilder:
     def _local(
         self, given: Any, label: str, role: str, init_kwargs: dict[str, Any] | None, revision: str | None
     ) -> Scorer:
-        model = load(given, role=label, option=role, init_kwargs=init_kwargs, revision=revision, args=self.args)
+        known = getattr(self.args, "hf_deepspeed_config", None)
+        with sharded_loading(self.accelerator, known) if self.args.shard_frozen_models else nullcontext():
+            model = load(given, role=label, option=role, init_kwargs=init_kwargs, revision=revision, args=self.args)
         student = self.accelerator.unwrap_model(self.student())
         if model is student or hasattr(student, "get_base_model") and model is student.get_base_model():
             raise ValueError(
@@ -238,7 +252,9 @@ class FrozenBuilder:
             role=label,
             batch_size=self.args.per_device_train_batch_size,
             chunk_size=self.args.gopd_chunk_size,
+            batch_tokens=self.args.gopd_score_batch_tokens,
             offload=self.args.offload_frozen_models,
+            shard=self.args.shard_frozen_models,
         )
 
     def _served(
