@@ -51,6 +51,7 @@ class FrozenModels:
 
     teachers: dict[str | None, Scorer]
     references: dict[str | None, Scorer]
+    accelerator: Any
     shared_adapters: list[str] = field(default_factory=list)
     caches: list[CachedScorer] = field(default_factory=list)
 
@@ -185,7 +186,7 @@ class FrozenBuilder:
         caches: list[CachedScorer] = []
         if args.logprob_cache_dir is not None:
             caches = self._cache(Path(args.logprob_cache_dir), teachers, references)
-        return FrozenModels(teachers, references, self.shared_adapters, caches)
+        return FrozenModels(teachers, references, self.accelerator, self.shared_adapters, caches)
 
     def _build(
         self, given: Any, teacher_id: str | None, role: str, init_kwargs: dict[str, Any] | None, revision: str | None
