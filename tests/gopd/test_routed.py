@@ -191,6 +191,10 @@ def test_configuration_of_a_model_that_is_sharded_alone():
     from trl_gopd.gopd.frozen.sharding import zero3_config
 
     zero = {"stage": 2, "overlap_comm": True, "offload_optimizer": {"device": "cpu"}, "stage3_prefetch_bucket_size": 7}
-    given = {"bf16": {"enabled": True}, "zero_optimization": zero}
-    want = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 7}}
-    assert zero3_config(given) == want and given["zero_optimization"]["stage"] == 2
+    given = {"bf16": {"enabled": True}, "train_batch_size": 8, "zero_optimization": zero}
+    assert zero3_config(given) == {
+        "bf16": {"enabled": True},
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 7},
+    }
+    assert given["zero_optimization"]["stage"] == 2

@@ -17,6 +17,18 @@ from .._trl import prepare_deepspeed, prepare_fsdp
 from .identity import is_sharded, uses_fsdp
 
 
+# Parts of a configuration that are about the student.
+OF_TRAINING = (
+    "zero_optimization",
+    "optimizer",
+    "scheduler",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+)
+
+
 def check_sharding(accelerator: Any) -> None:
     """Raises `ValueError` if frozen models cannot be sharded in this run."""
     if not is_sharded(accelerator) and accelerator.state.deepspeed_plugin is None:
@@ -33,12 +45,14 @@ def zero3_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         config (`dict[str, Any]`):
-            Configuration of the run. Of its `zero_optimization`, what concerns ZeRO-3 is kept.
+            Configuration of the run. Of its `zero_optimization`, what concerns ZeRO-3 is kept, and of training
+            nothing.
     """
     zero = config.get("zero_optimization", {})
     kept = {name: value for name, value in zero.items() if name.startswith("stage3_") or name == "offload_param"}
-    changed = copy.deepcopy({name: value for name, value in config.items() if name != "zero_optimization"})
-    return {**changed, "zero_optimization": {"stage": 3, **copy.deepcopy(kept)}}
+    result = copy.deepcopy({name: value for name, value in config.items() if name not in OF_TRAINING})
+    # a size of batches that DeepSpeed asks for and compares with the number of ranks, not always known while loading
+    return {**result, "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, **copy.deepcopy(kept)}}
 
 
 def shard(model: nn.Module, accelerator: Any) -> Any:
