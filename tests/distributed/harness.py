@@ -118,8 +118,9 @@ def _environment(layout: str, folder: Path) -> dict[str, str]:
         }
     if layout.startswith("zero"):
         config = json.loads((EXAMPLES / "deepspeed" / f"{layout}.json").read_text())
-        if layout == "zero3":
-            # Small parameters stay whole by default, which would be all of a tiny model.
+        if layout in ("zero2", "zero3"):
+            # Small parameters stay whole by default, which would be all of a tiny model. With ZeRO-2 it is about
+            # frozen models alone.
             config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         path = folder / f"{layout}.json"
         path.write_text(json.dumps(config))

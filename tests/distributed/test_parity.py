@@ -172,9 +172,10 @@ def run_layout(layout, models, out, lora=False, several=False, **scenario):
         references = {"reference_big", "reference_small"} if several else {"reference"}
         assert set(got["shapes"]) == {"student"} | teachers | (references if has_reference else set())
         assert got["trained"] == {"student"}
-        for shapes in got["shapes"].values():
+        for name, shapes in got["shapes"].items():
             is_sharded = [local == (0,) and whole != () for local, whole in shapes]
-            assert all(is_sharded) if layout == "zero3" else not any(is_sharded)
+            shards = layout == "zero3" or name != "student" and scenario.get("shard_frozen_models")
+            assert all(is_sharded) if shards else not any(is_sharded), name
     widths, tokens = ([[value[i] for value in got["seen"]] for got in ranks] for i in (0, 1))
     assert widths[0] != widths[1] and tokens[0] != tokens[1]
     return ranks
@@ -234,6 +235,20 @@ def test_discount_of_expected_advantages_trains_as_one_process(layout, estimator
     """A second part of the student's output then has a gradient."""
     scenario = {"estimator": estimator, "gopd_discount": 0.5, "gopd_top_k": 8}
     assert_same_training(run_layout(layout, models, tmp_path, **scenario)[0], single(**scenario))
+
+
+@pytest.mark.parametrize("estimator,several", [("sampled", True), ("full", False)])
+def test_frozen_models_are_sharded_where_the_student_is_not(estimator, several, models, tmp_path, single):
+    scenario = {"estimator": estimator, "several": several}
+    ranks = run_layout("zero2", models, tmp_path, **scenario, shard_frozen_models=True)
+    assert_same_training(ranks[0], single(**scenario))
+
+
+@pytest.mark.parametrize("tokens", [1, 10**6])
+def test_forwards_of_any_size_train_as_one_process(tokens, models, tmp_path, single):
+    scenario = {"estimator": "sampled", "several": True}
+    ranks = run_layout("zero3", models, tmp_path, **scenario, gopd_score_batch_tokens=tokens)
+    assert_same_training(ranks[0], single(**scenario))
 
 
 def test_another_reference_with_an_adapter_trains_as_one_process(models, tmp_path, single):

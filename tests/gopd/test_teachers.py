@@ -105,13 +105,13 @@ class TestSeveral:
 
     def test_each_row_goes_through_its_own_teacher_alone(self, several, estimator, monkeypatch):
         rows = []
-        hidden = LocalScorer.hidden
+        states = LocalScorer._states
 
-        def spy(self, ids, *args):
-            rows.append((self, len(ids)))
-            return hidden(self, ids, *args)
+        def spy(self, group):
+            rows.append((self, len(group)))
+            return states(self, group)
 
-        monkeypatch.setattr(LocalScorer, "hidden", spy)
+        monkeypatch.setattr(LocalScorer, "_states", spy)
         trainer = several(gopd_estimator=estimator, gopd_lambda=1.0, per_device_train_batch_size=8)
         trainer.train()
         owners = trainer.seen["gopd_teacher_index"].tolist()
@@ -120,7 +120,7 @@ class TestSeveral:
 
     def test_an_absent_teacher_is_not_called(self, several, prompts, estimator, monkeypatch):
         trainer = several(gopd_estimator=estimator, train_dataset=prompts.add_column("teacher_id", ["math"] * 16))
-        monkeypatch.setattr(trainer.teachers["code"], "hidden", lambda *args: pytest.fail("it was called"))
+        monkeypatch.setattr(trainer.teachers["code"], "_states", lambda *args: pytest.fail("it was called"))
         trainer.train()
         log = trainer.state.log_history[0]
         assert log["gopd/math/token_share"] == 1 and "gopd/code/reverse_kl" not in log

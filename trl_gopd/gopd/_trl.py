@@ -35,7 +35,6 @@ from trl.models.utils import (  # noqa: E402
 from trl.trainer.utils import (  # noqa: E402
     create_model_from_path,
     get_config_model_id,
-    maybe_gather_lm_head_ctx,
     use_adapter,
 )
 
@@ -141,12 +140,21 @@ def without_reference_adapter(config: Any) -> Iterator[None]:
         config.beta = given
 
 
-def gather_parameters(*parameters: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def gather_parameters(*parameters: torch.Tensor) -> Iterator[None]:
     """A context in which parameters that ZeRO-3 has sharded are whole; others are left alone."""
-    context: contextlib.AbstractContextManager[None]
-    # a model that DeepSpeed did not shard (quantized, or placed by the user) has no `ds_status`
-    context = maybe_gather_lm_head_ctx(*[parameter for parameter in parameters if hasattr(parameter, "ds_status")])
-    return context
+    # TRL's own asks whether the student is trained with ZeRO-3; frozen models may be sharded where it is not. A model
+    # that DeepSpeed did not shard (quantized, or placed by the user) has no `ds_status`.
+    split = {
+        id(p): p for p in parameters if getattr(getattr(p, "ds_status", None), "name", "AVAILABLE") != "AVAILABLE"
+    }
+    if not split:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(split.values())):
+        yield
 
 
 @contextlib.contextmanager

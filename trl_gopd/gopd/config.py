@@ -75,6 +75,11 @@ class GOPDConfig(GRPOConfig):  # type: ignore[misc]
         gopd_chunk_size (`int`, *optional*, defaults to `256`):
             Tokens whose logits exist at a time when frozen models are scored and in the loss of other estimators than
             `"sampled"`.
+        gopd_score_batch_tokens (`int`, *optional*):
+            Positions, padding included, of one forward of a frozen model. Rows of like length are scored together
+            until it is full; a longer row is scored alone. By default `per_device_train_batch_size` times the longest
+            row of the batch, which needs the memory of that many of these. A larger number gathers a sharded model
+            less often: it is called as seldom as the rows of all ranks allow.
         num_loss_tokens_to_skip (`int`, *optional*, defaults to `0`):
             Tokens at the beginning of each completion that are not trained on. Not in the paper.
         gopd_discount (`float`, *optional*, defaults to `0.0`):
@@ -141,6 +146,9 @@ class GOPDConfig(GRPOConfig):  # type: ignore[misc]
         offload_frozen_models (`bool`, *optional*, defaults to `False`):
             Whether teachers and references wait in CPU memory, and are on the device only while they score. Not with
             other estimators than `"sampled"`, which need their heads in the loss.
+        shard_frozen_models (`bool`, *optional*, defaults to `False`):
+            Whether DeepSpeed shards teachers and references by ZeRO-3 where it trains the student with another stage,
+            such as ZeRO-2. With ZeRO-3 and FSDP they are always sharded as the student is.
         served_teacher_timeout (`float`, *optional*, defaults to `600.0`):
             Seconds without an answer after which a request to the server of a teacher or reference has failed.
         teacher_model_revision (`str`, *optional*):
@@ -224,6 +232,13 @@ class GOPDConfig(GRPOConfig):  # type: ignore[misc]
     )
     gopd_top_k: int = field(default=64, metadata={"help": "Likeliest tokens that 'stratified' scores."})
     gopd_chunk_size: int = field(default=256, metadata={"help": "Tokens whose logits exist at a time."})
+    gopd_score_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Positions of one forward of a frozen model; by default `per_device_train_batch_size` of the "
+            "longest rows."
+        },
+    )
     num_loss_tokens_to_skip: int = field(
         default=0, metadata={"help": "Tokens at the beginning of each completion that are not trained on."}
     )
@@ -293,6 +308,10 @@ class GOPDConfig(GRPOConfig):  # type: ignore[misc]
     )
     offload_frozen_models: bool = field(
         default=False, metadata={"help": "Whether frozen models wait in CPU memory while they do not score."}
+    )
+    shard_frozen_models: bool = field(
+        default=False,
+        metadata={"help": "Whether frozen models are sharded by ZeRO-3 where the student is not."},
     )
     served_teacher_timeout: float = field(
         default=600.0,
@@ -381,6 +400,16 @@ class GOPDConfig(GRPOConfig):  # type: ignore[misc]
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}. Use {usual}.")
+        if self.gopd_score_batch_tokens is not None and self.gopd_score_batch_tokens < 1:
+            raise ValueError(
+                f"`gopd_score_batch_tokens` must be at least 1, got {self.gopd_score_batch_tokens}. Use None for "
+                "`per_device_train_batch_size` of the longest rows."
+            )
+        if self.shard_frozen_models and self.offload_frozen_models:
+            raise ValueError(
+                "`shard_frozen_models` and `offload_frozen_models` exclude each other: sharded models stay where they "
+                "are. Use one of them, or `offload_param` in the DeepSpeed configuration."
+            )
         if not 0 < self.served_teacher_timeout < math.inf:
             raise ValueError(
                 f"`served_teacher_timeout` must be positive and finite, got {self.served_teacher_timeout}. Use 600."

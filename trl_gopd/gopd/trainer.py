@@ -367,6 +367,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         check_rows(inputs)
         if self._completion_log is not None:
             self._completion_log.fill(self._logs)
+        self._frozen.prefetch()
         self._rows = inputs
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if keys.IMAGES in output:  # from a tool, or from rows without column names

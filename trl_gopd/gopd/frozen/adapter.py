@@ -20,7 +20,8 @@ from .._trl import disable_gradient_checkpointing, gather_parameters, through_fo
 from ..batch import Sequences
 from .head import logit_transform
 from .identity import is_sharded, parameters_digest
-from .local import context_of, evaluation_mode, project, score_in_chunks, vocab_size_of
+from .local import context_of, evaluation_mode, project, score_groups, vocab_size_of
+from .spread import Budget, over_groups
 from .start import StudentStart, output_head
 
 
@@ -164,9 +165,11 @@ class AdapterScorer:
         temperature (`float`):
             Sampling temperature.
         batch_size (`int`):
-            Rows a forward.
+            Rows a forward, if all were as long as the longest.
         chunk_size (`int`):
             Tokens whose logits exist at a time.
+        batch_tokens (`int`, *optional*):
+            Positions a forward, instead of `batch_size`.
         start ([`StudentStart`], *optional*):
             Score the student at this start, under its own adapter; `adapter` is then not read.
         checkpointing_kwargs (`dict`, *optional*):
@@ -182,11 +185,12 @@ class AdapterScorer:
         temperature: float,
         batch_size: int,
         chunk_size: int,
+        batch_tokens: int | None = None,
         start: StudentStart | None = None,
         checkpointing_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self.accelerator = accelerator
-        self.batch_size, self.chunk_size = batch_size, chunk_size
+        self.budget, self.chunk_size = Budget(batch_size, batch_tokens), chunk_size
         self.student, self.adapter, self.start = student, adapter, start
         self.checkpointing_kwargs = checkpointing_kwargs
         self.transform = logit_transform(self._base.config, temperature)
@@ -233,7 +237,7 @@ class AdapterScorer:
     def score(self, sequences: Sequences) -> Tensor:
         """Log-probabilities `(B, T)` of the scored tokens in float32 nats; 0 for the other tokens."""
         with self.accelerator.autocast():
-            return score_in_chunks(self, sequences, batch_size=self.batch_size, chunk_size=self.chunk_size)
+            return score_groups(self, sequences, self.budget, self._states, chunk_size=self.chunk_size)
 
     @contextmanager
     def switched(self) -> Iterator[nn.Module]:
@@ -249,15 +253,19 @@ class AdapterScorer:
 
     def hidden(self, sequences: Sequences) -> Tensor:
         """Hidden states `(N, D)` from which the N scored tokens are predicted, row by row."""
+        return over_groups(self._states, sequences, self.budget, is_sharded=self.is_sharded)
+
+    def _states(self, group: Sequences) -> Tensor:
+        """Hidden states `(n, D)` from which the scored tokens of rows that begin at the first column are predicted."""
 
         def backbone(**inputs: Any) -> Tensor:
             inputs.pop("labels", None)
             states: Tensor = self._base.base_model(use_cache=False, **inputs).last_hidden_state
-            return states[:, -sequences.num_tokens - 1 : -1][sequences.scored]
+            return states[group.scored]
 
-        inputs = {"input_ids": sequences.input_ids, "attention_mask": sequences.attention_mask}
+        # Nothing sees what comes after it, so padding on the right needs no mask.
         with self.switched() as model, self.accelerator.autocast():
-            states: Tensor = through_forward(model, self._base, backbone, **inputs)
+            states: Tensor = through_forward(model, self._base, backbone, input_ids=group.input_ids[:, :-1])
         return states
 
     def identity(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .protocols import Scorer
 from .routed import RoutedScorer
 from .routing import Routing
 from .served import ServedScorer, is_url
+from .sharding import check_sharding, sharded_loading
 from .start import StudentStart
 from .tokenizers import EndTokens, check_tokenizer, check_vocabulary, end_ids, stored_end_ids
 
@@ -55,8 +57,16 @@ class FrozenModels:
     caches: list[CachedScorer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.teacher = RoutedScorer(list(self.teachers.values()), self.accelerator)
-        self.reference = RoutedScorer(list(self.references.values()), self.accelerator) if self.references else None
+        self.teacher = RoutedScorer(list(self.teachers.values()))
+        self.reference = RoutedScorer(list(self.references.values())) if self.references else None
+
+    def prefetch(self) -> None:
+        """Begins to copy the weights of the first model that waits in CPU memory to the device, if there is room."""
+        for scorer in self.teacher.scorers:
+            inner = scorer.wrapped if isinstance(scorer, CachedScorer) else scorer
+            if isinstance(inner, LocalScorer) and inner.is_offloaded:
+                inner.prefetch()
+                return
 
     def modules(self, role: str) -> Any:
         """
@@ -146,6 +156,8 @@ class FrozenBuilder:
     ) -> None:
         self.args, self.accelerator, self.student, self.tokenizer = args, accelerator, student, tokenizer
         self.is_plain_base, self.asks_servers = is_plain_base, asks_servers
+        if args.shard_frozen_models:
+            check_sharding(accelerator)
         generation_config = self.accelerator.unwrap_model(student()).generation_config
         self.ends = EndTokens(tokenizer, generation_config, mismatch=args.gopd_eos_mismatch)
         self.shared_adapters: list[str] = []
@@ -224,6 +236,7 @@ class FrozenBuilder:
                 temperature=self.args.temperature,
                 batch_size=self.args.per_device_train_batch_size,
                 chunk_size=self.args.gopd_chunk_size,
+                batch_tokens=self.args.gopd_score_batch_tokens,
                 start=start,
                 checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             )
@@ -232,7 +245,9 @@ class FrozenBuilder:
     def _local(
         self, given: Any, label: str, role: str, init_kwargs: dict[str, Any] | None, revision: str | None
     ) -> Scorer:
-        model = load(given, role=label, option=role, init_kwargs=init_kwargs, revision=revision, args=self.args)
+        known = getattr(self.args, "hf_deepspeed_config", None)
+        with sharded_loading(self.accelerator, known) if self.args.shard_frozen_models else nullcontext():
+            model = load(given, role=label, option=role, init_kwargs=init_kwargs, revision=revision, args=self.args)
         student = self.accelerator.unwrap_model(self.student())
         if model is student or hasattr(student, "get_base_model") and model is student.get_base_model():
             raise ValueError(
@@ -246,7 +261,9 @@ class FrozenBuilder:
             role=label,
             batch_size=self.args.per_device_train_batch_size,
             chunk_size=self.args.gopd_chunk_size,
+            batch_tokens=self.args.gopd_score_batch_tokens,
             offload=self.args.offload_frozen_models,
+            shard=self.args.shard_frozen_models,
         )
         self.ends.compare(scorer, end_ids(tokenizer, scorer.inner.base.generation_config), role=label)
         return scorer

@@ -244,8 +244,8 @@ class CachedScorer:
         Log-probabilities of the scored tokens.
 
         Only rows that are not stored go through the model, each with the padding that it has here, and then all
-        tokens of their completions are scored and stored. As soon as one rank misses a row, a sharded model gets all
-        rows of every rank, so that they stay in step.
+        tokens of their completions are scored and stored. As soon as one rank misses a row, all of them call a sharded
+        model, each with the rows that it misses.
 
         Args:
             sequences ([`Sequences`]):
@@ -265,18 +265,17 @@ class CachedScorer:
         self.misses += len(missing)
         self.hits += sum(key is not None for key in keys) - len(missing)
 
-        called = list(missing.values())
+        called, calls = list(missing.values()), bool(missing)
         if self.wrapped is not None and self.wrapped.is_sharded:
-            counts = gather(torch.tensor([len(called)], device=input_ids.device))
-            called = list(range(len(keys))) if bool(counts.any()) else []
-        if called:
+            calls = bool(gather(torch.tensor([len(called)], device=input_ids.device)).any())
+        if calls:
             if self.wrapped is None:
                 raise ValueError(
                     f"{len(called)} of {len(keys)} rows are not among the {len(self.cache)} in {self.cache.path}, and "
                     "there is no model to score them. Score them first with `precompute`, given the very ids of "
                     "prompts (as the chat template renders them) and completions, or pass the model."
                 )
-            rows = torch.tensor(called, device=input_ids.device)
+            rows = torch.tensor(called, dtype=torch.long, device=input_ids.device)
             logps = self.wrapped.score(Sequences.of(input_ids[rows], sequences.attention_mask[rows], num_tokens))
             scored = dict(zip(called, logps.float().cpu(), strict=True))
             fresh = {key: scored[row][written[row]] for key, row in missing.items()}

@@ -2,13 +2,14 @@
 Frozen models in this process, and log-probabilities of sampled tokens under them: `(B, T)` floats, never `(B, T, V)`
 logits.
 
-The backbone runs once on whole sequences; the output head is applied to the hidden states of scored tokens, a chunk of
-tokens at a time.
+The backbone runs on groups of rows of like length, without those that have nothing to score; the output head is
+applied to the hidden states of scored tokens, a chunk of tokens at a time.
 """
 
 import functools
+import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,13 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .._trl import gather_heads, prepare_deepspeed, prepare_fsdp
+from .._trl import gather_heads
 from ..batch import Sequences
 from ..divergence import chunk_slices
 from ..stratified import log_probs_at
 from .head import check_head, logit_transform
-from .identity import config_digest, is_sharded, uses_fsdp, weights_digest
+from .identity import config_digest, is_sharded, weights_digest
+from .offload import Offload
 from .protocols import LogitScorer
+from .sharding import shard as shard_over_ranks
+from .spread import Budget, GroupFunction, over_groups
+
+
+logger = logging.getLogger(__name__)
 
 
 def context_of(config: Any) -> int | None:
@@ -44,6 +51,16 @@ def context_of(config: Any) -> int | None:
 def vocab_size_of(config: Any) -> int:
     """Width of the logits of a model of this configuration, padding included."""
     return int(config.get_text_config().vocab_size)
+
+
+def can_pack(config: Any) -> bool:
+    """
+    Whether rows may stand one after another in one sequence, told apart by their positions: with flash attention,
+    which then reads no padding, and without layers that carry a state along. Other attention would pay for the mask.
+    """
+    config = config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return "flash" in (config._attn_implementation or "") and kinds <= {"full_attention", "sliding_attention"}
 
 
 def project(head: nn.Module, hidden: Tensor) -> Tensor:
@@ -102,15 +119,14 @@ class FrozenModel(nn.Module):
         """Tempered float32 logits `(N, V)` of hidden states `(N, D)`."""
         return self.transform(project(self.head, hidden))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, num_tokens: int) -> Tensor:
-        """Hidden states `(B, num_tokens, D)` from which the last `num_tokens` ids are predicted."""
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Hidden states `(B, L, D)`. Rows begin at the first column, or several stand in one with their positions."""
         # An id that only the student's padded vocabulary has would be out of range here; it scores -inf later.
         input_ids = input_ids.masked_fill(input_ids >= self.vocab_size, 0)
+        positions = {} if position_ids is None else {"position_ids": position_ids}
         # The backbone of the base model runs the adapters too: PEFT puts its layers inside it.
-        hidden: Tensor = self.base.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
-        return hidden[:, -num_tokens - 1 : -1]
+        hidden: Tensor = self.base.base_model(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
+        return hidden
 
 
 class LocalScorer:
@@ -127,12 +143,16 @@ class LocalScorer:
         role (`str`):
             For messages.
         batch_size (`int`):
-            Rows a forward.
+            Rows a forward, if all were as long as the longest.
         chunk_size (`int`):
             Tokens whose logits exist at a time.
+        batch_tokens (`int`, *optional*):
+            Positions a forward, instead of `batch_size`.
         offload (`bool`, *optional*, defaults to `False`):
             Keep the weights in CPU memory, and have them on the device while a batch is scored. Models that are
             quantized, placed by a device map or sharded stay where they are.
+        shard (`bool`, *optional*, defaults to `False`):
+            Shard the model by ZeRO-3 where DeepSpeed does not shard the student.
 
     Raises:
         `ValueError`: If the logits of the model cannot be computed from its hidden states and its configuration.
@@ -147,24 +167,29 @@ class LocalScorer:
         role: str,
         batch_size: int,
         chunk_size: int,
+        batch_tokens: int | None = None,
         offload: bool = False,
+        shard: bool = False,
     ) -> None:
         self.accelerator = accelerator
-        self.batch_size, self.chunk_size = batch_size, chunk_size
+        self.chunk_size = chunk_size
         self.inner = FrozenModel(model, temperature)
         base = self.inner.base
         is_placed = getattr(base, "is_quantized", False) or len(getattr(base, "hf_device_map", {}) or {}) > 1
-        self._is_sharded = not is_placed and is_sharded(accelerator)
-        self._offload = offload and not is_placed and not self._is_sharded
-        if not is_placed and not self._is_sharded:
-            self.inner.to("cpu" if self._offload else accelerator.device)
+        self._is_sharded = not is_placed and (shard or is_sharded(accelerator))
+        self._offload: Offload | None = None
         self.call: Any = self.inner
         if self._is_sharded:
-            prepare = prepare_fsdp if uses_fsdp(accelerator) else prepare_deepspeed
-            self.call = prepare(self.inner, accelerator)
+            self.call = shard_over_ranks(self.inner, accelerator)
         else:
+            if not is_placed:
+                if offload:
+                    self._offload = Offload(self.inner.to("cpu"), accelerator.device)
+                else:
+                    self.inner.to(accelerator.device)
             head = functools.partial(project, self.inner.head)
-            check_head(model, base, project=head, transform=self.inner.transform, role=role, hidden=self.inner.forward)
+            check_head(model, base, project=head, transform=self.inner.transform, role=role, hidden=self._predicting)
+        self.budget = Budget(batch_size, batch_tokens, is_packed=can_pack(self.inner.config) and self._packs(role))
 
     @property
     def is_sharded(self) -> bool:
@@ -189,15 +214,35 @@ class LocalScorer:
     def score(self, sequences: Sequences) -> Tensor:
         """Log-probabilities `(B, T)` of the scored tokens in float32 nats; 0 for the other tokens."""
         with self._on_device(), self.accelerator.autocast():
-            return score_in_chunks(self, sequences, batch_size=self.batch_size, chunk_size=self.chunk_size)
+            return score_groups(self, sequences, self.budget, self._states, chunk_size=self.chunk_size)
 
     @torch.no_grad()
     def hidden(self, sequences: Sequences) -> Tensor:
         """Hidden states `(N, D)` from which the N scored tokens are predicted, row by row."""
         with self.accelerator.autocast():
-            hidden = self.call(sequences.input_ids, sequences.attention_mask, sequences.num_tokens)
-        states: Tensor = hidden[sequences.scored.to(hidden.device)]
-        return states
+            return over_groups(self._states, sequences, self.budget, is_sharded=self.is_sharded)
+
+    def _states(self, group: Sequences) -> Tensor:
+        """Hidden states `(n, D)` from which the scored tokens of rows that begin at the first column are predicted."""
+        ids, scored = group.input_ids[:, :-1], group.scored
+        if not self.budget.is_packed or len(group) == 1:
+            # Nothing sees what comes after it, so padding on the right needs no mask.
+            states: Tensor = self.call(ids)
+            return states[scored.to(states.device)]
+        read = group.attention_mask[:, 1:].bool()  # the last token of a row predicts nothing
+        positions = torch.arange(ids.size(1), device=ids.device).expand_as(ids)[read]
+        states = self.call(ids[read].unsqueeze(0), position_ids=positions.unsqueeze(0))[0]
+        return states[scored[read].to(states.device)]
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether its weights wait in CPU memory."""
+        return self._offload is not None
+
+    def prefetch(self) -> None:
+        """Begins to copy weights that wait in CPU memory to the device, if there is room."""
+        if self._offload is not None:
+            self._offload.prefetch()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Tempered float32 logits `(N, V)` of hidden states `(N, D)`."""
@@ -213,24 +258,47 @@ class LocalScorer:
             "config": config_digest(base.config),
         }
 
-    @contextmanager
-    def _on_device(self) -> Iterator[None]:
-        if not self._offload:
-            yield
-            return
-        tensors = [*self.inner.parameters(), *self.inner.buffers()]
-        parked = [tensor.data for tensor in tensors]
-        try:
-            for tensor in tensors:
-                tensor.data = tensor.data.to(self.accelerator.device)
-            yield
-        finally:  # nothing was written, so nothing has to be copied back
-            for tensor, data in zip(tensors, parked, strict=True):
-                tensor.data = data
+    def _predicting(self, input_ids: Tensor, attention_mask: Tensor, num_tokens: int) -> Tensor:
+        """Hidden states `(B, num_tokens, D)` from which the last ids of rows without padding are predicted."""
+        states: Tensor = self.inner(input_ids)
+        return states[:, -num_tokens - 1 : -1]
+
+    def _on_device(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._offload is None else self._offload.on_device()
+
+    @torch.no_grad()
+    def _packs(self, role: str) -> bool:
+        """Whether a row that stands after another in one sequence does not see it, which attention has to support."""
+        device = self.accelerator.device
+        length = 8
+        positions = torch.arange(length, device=device).repeat(2).unsqueeze(0)
+        states = []
+        with self._on_device(), self.accelerator.autocast():
+            for first in (0, length):
+                ids = torch.arange(length, device=device).repeat(2)
+                ids[:length] += first
+                ids %= self.inner.vocab_size
+                states.append(self.call(ids.unsqueeze(0), position_ids=positions)[0, length:].float())
+        # The same operations on the same numbers; a mixture of experts may add them in another order.
+        gap, tolerance = (states[0] - states[1]).abs().max(), 4 * torch.finfo(self.inner.base.dtype).eps
+        is_apart = bool(gap <= tolerance * states[0].abs().max())
+        if not is_apart:
+            logger.warning(
+                "`%s` (%s) does not keep rows apart that stand in one sequence, so they are padded instead.",
+                role,
+                type(self.inner.base).__name__,
+            )
+        return is_apart
 
 
-@torch.no_grad()
-def score_in_chunks(scorer: LogitScorer, sequences: Sequences, *, batch_size: int, chunk_size: int = 256) -> Tensor:
+def score_in_chunks(
+    scorer: LogitScorer,
+    sequences: Sequences,
+    *,
+    batch_size: int,
+    chunk_size: int = 256,
+    batch_tokens: int | None = None,
+) -> Tensor:
     """
     Log-probabilities of the scored tokens under a model in this process.
 
@@ -240,26 +308,51 @@ def score_in_chunks(scorer: LogitScorer, sequences: Sequences, *, batch_size: in
         sequences ([`Sequences`]):
             What it reads, B rows with completions of T columns.
         batch_size (`int`):
-            Rows a forward.
+            Rows a forward, if all were as long as the longest.
         chunk_size (`int`, *optional*, defaults to `256`):
             Tokens whose logits exist at a time.
+        batch_tokens (`int`, *optional*):
+            Positions a forward, instead of `batch_size`.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`: float32 nats; -inf for ids that the model does not have, 0 for tokens that
         are not scored.
     """
-    logps = torch.zeros(sequences.scored.shape, dtype=torch.float32, device=sequences.input_ids.device)
-    for rows in chunk_slices(len(sequences), batch_size):
-        part = sequences[rows]
-        everything = Sequences(part.input_ids, part.attention_mask, torch.ones_like(part.scored))
-        hidden, labels = scorer.hidden(everything), part.completion_ids.flatten().unsqueeze(1)
+    return score_groups(scorer, sequences, Budget(batch_size, batch_tokens), scorer.hidden, chunk_size=chunk_size)
+
+
+@torch.no_grad()
+def score_groups(
+    scorer: LogitScorer, sequences: Sequences, budget: Budget, states: GroupFunction, *, chunk_size: int
+) -> Tensor:
+    """
+    As [`score_in_chunks`].
+
+    Args:
+        scorer ([`LogitScorer`]):
+            The model.
+        sequences ([`Sequences`]):
+            What it reads, B rows with completions of T columns.
+        budget ([`Budget`]):
+            How much a forward holds.
+        states (`Callable`):
+            Hidden states from which the scored tokens of a group of rows are predicted.
+        chunk_size (`int`):
+            Tokens whose logits exist at a time.
+    """
+
+    def log_probs(group: Sequences) -> Tensor:
+        hidden, labels = states(group), group.completion_ids[group.scored].unsqueeze(1)
         with gather_heads(scorer.head):
             picked = [
-                log_probs_at(scorer.logits(hidden[chunk]).to(labels.device), labels[chunk])
+                log_probs_at(scorer.logits(hidden[chunk]).to(labels.device), labels[chunk]).squeeze(1)
                 for chunk in chunk_slices(len(hidden), chunk_size)
             ]
-        if picked:
-            logps[rows] = torch.cat(picked).view(part.scored.shape).masked_fill(~part.scored, 0.0)
+        return torch.cat([torch.zeros(0, device=labels.device), *picked])
+
+    values = over_groups(log_probs, sequences, budget, is_sharded=scorer.is_sharded)
+    logps = torch.zeros(sequences.scored.shape, dtype=torch.float32, device=sequences.input_ids.device)
+    logps[sequences.scored] = values
     return logps
 
 

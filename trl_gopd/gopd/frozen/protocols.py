@@ -13,7 +13,7 @@ class Scorer(Protocol):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether all ranks have to call it together."""
+        """Whether all ranks have to call it together, each with any number of rows."""
 
     @property
     def context(self) -> int | None:

@@ -1,13 +1,11 @@
 """
 The frozen models of one role, of which each scores its own rows.
 
-Under ZeRO-3 and FSDP a frozen model is sharded, and every rank must call it equally often. That holds for one that
-scores all rows, since batches and micro-batches have the same number of rows on all ranks. One that scores some of the
-rows is given as many on every rank as on the rank that has most.
+A frozen model may be sharded. All ranks then have to call it together, in the same order as the others, with the rows
+that each of them has for it, even if there are none; see [`~trl_gopd.gopd.frozen.spread`].
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +22,11 @@ class RoutedScorer:
     Args:
         scorers (`Sequence[Scorer]`):
             The models by teacher index; one that is there several times is called once.
-        accelerator ([`~accelerate.Accelerator`]):
-            Says how the run is distributed.
     """
 
-    def __init__(self, scorers: Sequence[Scorer], accelerator: Any) -> None:
+    def __init__(self, scorers: Sequence[Scorer]) -> None:
         self.scorers = list(dict.fromkeys(scorers))
         self._index = torch.tensor([self.scorers.index(scorer) for scorer in scorers])
-        self.accelerator = accelerator
 
     @property
     def heads(self) -> list[nn.Module]:
@@ -54,14 +49,14 @@ class RoutedScorer:
             `torch.Tensor` of shape `(B, T)`: float32 nats; 0 for other tokens and rows.
         """
         result = torch.zeros(sequences.scored.shape, dtype=torch.float32, device=sequences.input_ids.device)
-        for scorer, rows, count in self._groups(teacher_index, needed):
-            result[rows[:count]] = scorer.score(sequences[rows])[:count]
+        for scorer, rows in self._groups(teacher_index, needed):
+            result[rows] = scorer.score(sequences[rows])
         return result
 
     def score_top(self, teacher_index: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
         """[`TopScorer.score_top`] of rows that belong to models on servers; arguments as for `score`."""
         parts, order = [], []
-        for scorer, rows, _ in self._groups(teacher_index):
+        for scorer, rows in self._groups(teacher_index):
             assert isinstance(scorer, TopScorer)
             parts.append(scorer.score_top(sequences[rows]))
             order.append(rows)
@@ -74,30 +69,22 @@ class RoutedScorer:
         numbers = torch.full(sequences.scored.shape, -1, device=sequences.scored.device)
         numbers[sequences.scored] = torch.arange(int(sequences.scored.sum()), device=numbers.device)
         parts = []
-        for scorer, rows, count in self._groups(teacher_index, needed):
+        for scorer, rows in self._groups(teacher_index, needed):
             assert isinstance(scorer, LogitScorer)
-            hidden, own = scorer.hidden(sequences[rows]), numbers[rows[:count]]
-            own = own[own >= 0]
-            parts.append((scorer, hidden[: len(own)], own))
+            own = numbers[rows]
+            parts.append((scorer, scorer.hidden(sequences[rows]), own[own >= 0]))
         width = min(scorer.vocab_size for scorer in self.scorers if isinstance(scorer, LogitScorer))
         return Targets(parts, width)
 
-    def _groups(self, teacher_index: Tensor, needed: Tensor | None = None) -> Iterator[tuple[Scorer, Tensor, int]]:
-        """Models that have to be called, the rows to call them with, and how many of these are their own."""
-        if len(self.scorers) == 1 and needed is None:
-            yield self.scorers[0], torch.arange(len(teacher_index), device=teacher_index.device), len(teacher_index)
-            return
+    def _groups(self, teacher_index: Tensor, needed: Tensor | None = None) -> Iterator[tuple[Scorer, Tensor]]:
+        """Models that have to be called, and the rows to call them with."""
         index = self._index.to(teacher_index.device)[teacher_index]
         if needed is not None:
             index = index.masked_fill(~needed, -1)
         for number, scorer in enumerate(self.scorers):
             rows = (index == number).nonzero().squeeze(1)
-            count = called = len(rows)
-            if scorer.is_sharded:
-                called = int(self.accelerator.gather(rows.new_tensor([count])).max())
-            if called:
-                # Any row will do to keep in step with the rank that has most.
-                yield scorer, torch.cat([rows, rows.new_zeros(called - count)]), count
+            if len(rows) or scorer.is_sharded:
+                yield scorer, rows
 
 
 class Targets:
