@@ -10,6 +10,7 @@ from . import batch as keys
 from .batch import Batch
 from .frozen.routing import Routing
 from .prompts import TeacherPrompts
+from .rollouts import stored_completions, stored_ratio
 
 
 def route(
@@ -58,3 +59,36 @@ def route(
         # TRL's loss divides by the tokens of this mask, and of the generation batch, as our metrics do.
         output[keys.TOOL_MASK] = own
         output[keys.NUM_ITEMS] = add_over_ranks(own.sum())
+
+
+def weigh_stored(
+    output: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    *,
+    args: Any,
+    student_logps: Callable[[Tensor, Tensor, int], Tensor],
+) -> None:
+    """
+    Adds the importance weights of stored completions, if it is known what their sampler gave them.
+
+    Args:
+        output (`dict[str, Any]`):
+            TRL's dictionary of the generation batch; changed in place.
+        rows (`Sequence[dict[str, Any]]`):
+            The rows of the data set.
+        args ([`GOPDConfig`]):
+            Configuration of the run.
+        student_logps (`Callable`):
+            Given ids and mask `(B, P + T)`, and T, returns log-probabilities `(B, T)` under the student.
+    """
+    _, sampled = stored_completions(rows, max_length=args.max_completion_length)
+    if sampled is None:
+        return
+    logps = output.get(keys.OLD_LOGPS)
+    if logps is None:
+        ids = torch.cat([output[keys.PROMPT_IDS], output[keys.COMPLETION_IDS]], 1)
+        seen = torch.cat([output[keys.PROMPT_MASK], output[keys.COMPLETION_MASK]], 1)
+        logps = student_logps(ids, seen, output[keys.COMPLETION_IDS].size(1))
+    output[keys.STORED_RATIO] = stored_ratio(
+        logps, sampled, output[keys.COMPLETION_MASK], args.vllm_importance_sampling_clip_max
+    )

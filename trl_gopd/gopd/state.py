@@ -101,7 +101,7 @@ class RunState:
     """
 
     def __init__(
-        self, trainer: Any, *, schedule: LambdaSchedule, guard: NonFiniteGuard, identities: Callable[[], Identities]
+        self, trainer: Any, schedule: LambdaSchedule, guard: NonFiniteGuard, identities: Callable[[], Identities]
     ) -> None:
         args: GOPDConfig = trainer.args
         self.trainer, self.args, self.accelerator = trainer, args, trainer.accelerator

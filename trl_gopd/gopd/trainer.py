@@ -22,11 +22,11 @@ from ._trl import (
     ACCEPTED,
     check_device,
     disable_gradient_checkpointing,
-    eos_token_ids,
     get_config_model_id,
     tools_of_rows,
     without_reference_adapter,
 )
+from .assembly import assemble
 from .batch import Batch, Scores
 from .checkpoints import whole_checkpoint, write_manifest
 from .checks import (
@@ -34,25 +34,18 @@ from .checks import (
     check_datasets,
     check_rewards,
     check_rows,
-    check_student,
     check_token_ids,
     checked_rollouts,
 )
-from .completion_log import CompletionLog
 from .config import GOPDConfig
-from .contexts import Contexts
-from .estimators.build import build_estimator
-from .frozen.adapter import copy_start, is_fresh_adapter, is_peft, refuse_anchor_name, without_adapters
-from .frozen.build import FrozenBuilder, asks_servers
+from .frozen.adapter import copy_start, is_peft, refuse_anchor_name, without_adapters
+from .frozen.build import asks_servers
 from .frozen.routing import Routing, as_name
-from .frozen.start import StudentStart
-from .generation_batch import route
+from .generation_batch import route, weigh_stored
 from .model_card import PAPER, describe
-from .nonfinite import NonFiniteGuard
-from .observer import NONFINITE_SHARE, EndOfStep, Observer
-from .prompts import TeacherPrompts
+from .observer import NONFINITE_SHARE, EndOfStep
 from .rewards import drop_null_reward, null_reward
-from .rollouts import stored_completions, stored_ratio
+from .rollouts import stored_completions
 from .state import RunState
 from .student import Student
 
@@ -177,9 +170,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         )
         asks = asks_servers(self._routing, args.gopd_estimator)
         if self._routing.gives_reference and not self._routing.uses_reference:
-            warnings.warn(
-                "`ref_model` is not loaded: with `gopd_lambda=1` it cancels out of the objective.", stacklevel=2
-            )
+            warnings.warn("`ref_model` is not loaded: at `gopd_lambda=1` it cancels out.", stacklevel=2)
         if grpo_kwargs.get("rollout_func") is not None:
             grpo_kwargs["rollout_func"] = checked_rollouts(grpo_kwargs["rollout_func"])
         # What the reference is by default has to be settled before GRPO wraps, and changes, the student.
@@ -210,65 +201,24 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         self._has_rewards = any(function is not null_reward for function in self.reward_funcs)
         if self._has_rewards:
             check_rewards(args, source="The rewards of `reward_funcs` or of an environment's `get_reward`")
-        student = self.accelerator.unwrap_model(self.model)
-        needs_start = self._routing.uses_start or args.beta != 0
-        check_student(student, args, needs_start=needs_start, accelerator=self.accelerator)
-        is_fresh = is_peft(student) and is_fresh_adapter(student)
-        self._kept_start = None
-        if is_peft(student) and needs_start and not is_fresh:
-            self._kept_start = StudentStart(student, self.accelerator)
-        builder = FrozenBuilder(
-            args,
-            accelerator=self.accelerator,
-            student=lambda: self.model,
-            tokenizer=self._tokenizer,
-            # Only now are the weights under the student's adapter known to be those of their name.
-            is_plain_base=isinstance(model, str) and is_fresh and not getattr(student, "is_quantized", False),
+        run = assemble(
+            self,
+            routing=self._routing,
+            start=start,
+            is_named=isinstance(model, str),
             asks_servers=asks,
+            teacher_prompt=teacher_prompt,
+            teacher_processing_class=teacher_processing_class,
         )
-        self._frozen = builder.build(self._routing, start or self._kept_start)
+        self._frozen, self._estimator, self._kept_start = run.frozen, run.estimator, run.kept_start
+        self._teacher_prompts, self._schedule, self._guard = run.teacher_prompts, run.schedule, run.guard
+        self._observer, self._completion_log = run.observer, run.completion_log
+        self._run_state = RunState(self, run.schedule, run.guard, lambda: self._identities)
+        self.add_callback(EndOfStep(self._observer))
         if args.beta == 0 and self.references:  # otherwise it is what GRPO's own KL penalty is measured from
             self.ref_model = self._frozen.modules("references")
-        self._teacher_prompts = TeacherPrompts(
-            self._routing.by_teacher("teacher_prompt", teacher_prompt),
-            self._routing.by_teacher("teacher_processing_class", teacher_processing_class),
-            column=args.teacher_prompt_column,
-            tokenizer=self._tokenizer,
-            chat_template=self.chat_template,
-            template_options=self.chat_template_kwargs,
-            contexts=Contexts(self.teachers, self.references, drops_overlong=args.overlong_teacher_prompts == "drop"),
-        )
-        self._estimator = build_estimator(
-            args,
-            self._frozen,
-            student_config=self._student_base.config,
-            mixes_lambda=self._routing.varies,
-            asks_servers=asks,
-        )
         if not self._estimator.needs_old_logps:  # then nothing is corrected for the sampler either
             self.vllm_importance_sampling_correction = False
-        self._schedule = args.build_lambda_schedule()
-        self._guard = NonFiniteGuard(
-            args, self.accelerator, frozen=self._frozen, routing=self._routing, tokenizer=self._tokenizer
-        )
-        self._observer = Observer(
-            args,
-            self._schedule,
-            self.accelerator,
-            self._guard,
-            teacher_ids=list(self.teachers),
-            mixes_lambda=self._routing.varies,
-            eos_token_ids=eos_token_ids(self),
-        )
-        self.add_callback(EndOfStep(self._observer))
-        self._run_state = RunState(
-            self, schedule=self._schedule, guard=self._guard, identities=lambda: self._identities
-        )
-        self._completion_log = None
-        if args.log_completions:
-            self._completion_log = CompletionLog(
-                self.accelerator, has_rewards=self._has_rewards, extrapolation_clip=args.gopd_extrapolation_clip
-            )
         self._prompts: list[Any] = []  # that the student reads
         self._rows: list[dict[str, Any]] = []  # of the data set, while their completions are generated
         # The micro-batch whose log-probabilities the inherited loss is about to ask for.
@@ -383,17 +333,11 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
             tokens_to_skip=self.args.num_loss_tokens_to_skip,
             add_over_ranks=lambda count: self.accelerator.gather(count).sum(),
         )
-        self._add_metrics(
-            "completions",
-            self._observer.completions(
-                output[keys.COMPLETION_IDS],
-                self._lengths,
-                step=self.state.global_step,
-                is_training=self.model.training,
-            ),
-        )
+        ids, step, is_training = output[keys.COMPLETION_IDS], self.state.global_step, self.model.training
+        metrics = self._observer.completions(ids, self._lengths, step=step, is_training=is_training)
+        self._add_metrics("completions", metrics)
         if self.args.use_stored_completions and self._estimator.needs_old_logps:
-            self._weigh_stored(output, inputs)
+            weigh_stored(output, inputs, args=self.args, student_logps=self._student_logps)
         batch = Batch.from_trl(output)
         if self._completion_log is not None:
             self._completion_log.begin(len(inputs), self._logs)
@@ -413,26 +357,12 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         rewards = super()._calculate_rewards(inputs, *args, **kwargs)
         return self._guard.rewards(rewards, self.reward_func_names, inputs)
 
-    def _weigh_stored(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
-        """Adds the importance weights of stored completions, if it is known what their sampler gave them."""
-        _, sampled = stored_completions(inputs, max_length=self.max_completion_length)
-        if sampled is None:
-            return
-        student_logps = output.get(keys.OLD_LOGPS)
-        if student_logps is None:
-            ids = torch.cat([output[keys.PROMPT_IDS], output[keys.COMPLETION_IDS]], 1)
-            seen = torch.cat([output[keys.PROMPT_MASK], output[keys.COMPLETION_MASK]], 1)
-            with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-                student_logps = super()._get_per_token_logps_and_entropies(
-                    self.model,
-                    ids,
-                    seen,
-                    output[keys.COMPLETION_IDS].size(1),
-                    batch_size=self.args.per_device_train_batch_size,
-                )[0]
-        output[keys.STORED_RATIO] = stored_ratio(
-            student_logps, sampled, output[keys.COMPLETION_MASK], self.args.vllm_importance_sampling_clip_max
-        )
+    def _student_logps(self, ids: Tensor, seen: Tensor, num_tokens: int) -> Tensor:
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            logps: Tensor = super()._get_per_token_logps_and_entropies(
+                self.model, ids, seen, num_tokens, batch_size=self.args.per_device_train_batch_size
+            )[0]
+        return logps
 
     # One micro-batch
 
