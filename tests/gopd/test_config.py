@@ -47,9 +47,11 @@ def test_json_and_command_line_round_trip(tmp_path):
     parser = TrlParser(dataclass_types=(GOPDConfig,))
     arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--gopd_lambda", "1.5"]
     arguments += ["--teacher_model_init_kwargs", '{"dtype": "bfloat16"}', "--gopd_extrapolation_clip", "2.0"]
+    arguments += ["--gopd_nonfinite", "skip", "--gopd_max_skipped_steps", "3"]
     (parsed,) = parser.parse_args_and_config(arguments)
     assert parsed.gopd_lambda == 1.5 and parsed.gopd_extrapolation_clip == 2.0
     assert parsed.teacher_model_init_kwargs == {"dtype": "bfloat16"}
+    assert (parsed.gopd_nonfinite, parsed.gopd_max_skipped_steps) == ("skip", 3)
 
 
 def test_help_prints(capsys):
@@ -80,6 +82,8 @@ def test_docstring_states_every_own_field():
         ({"gopd_extrapolation_clip": -1.0}, "must be positive and finite, got -1.0. Use None"),
         ({"gopd_extrapolation_clip": 0.0}, "got 0.0"),
         ({"gopd_chunk_size": 0}, "must be at least 1, got 0. Use 256"),
+        ({"gopd_nonfinite": "mask"}, r"`gopd_nonfinite` must be one of \['raise', 'skip'\], got 'mask'"),
+        ({"gopd_max_skipped_steps": 0}, "`gopd_max_skipped_steps` must be at least 1, got 0. Use 10"),
         ({"num_generations": 0}, "must be at least 1, got 0. Use 1"),
         ({"importance_sampling_level": "sequence"}, "'sequence'` has no meaning in G-OPD.*Use 'token'"),
         ({"loss_type": "luspo"}, "'luspo'` has no meaning in G-OPD"),

@@ -31,6 +31,22 @@ def check_arguments(args: Any, *, uses_tools: bool) -> None:
         raise TypeError(f"`args` must be a `GOPDConfig`, got {type(args).__name__}. Build one with the same fields.")
     if args.use_stored_completions and uses_tools:
         raise ValueError("`use_stored_completions` samples nothing, so there is no turn for tools. Drop them.")
+    if args.gopd_nonfinite == "skip":
+        check_steps_can_be_skipped(args)
+
+
+def check_steps_can_be_skipped(args: GOPDConfig) -> None:
+    """Raises `ValueError` for `gopd_nonfinite="skip"` where the optimizer step is a part of the backward pass."""
+    taken_by = None
+    if args.deepspeed or args.distributed_state.distributed_type == "DEEPSPEED":
+        taken_by = "DeepSpeed"
+    elif "layerwise" in args.optim or args.optim in ("lomo", "adalomo"):
+        taken_by = f"`optim={args.optim.value!r}`"
+    if taken_by:
+        raise ValueError(
+            f"`gopd_nonfinite='skip'` cannot leave out the optimizer step of {taken_by}, which takes it inside the "
+            "backward pass. Use 'raise', or train with DDP or FSDP and another optimizer."
+        )
 
 
 def check_rewards(args: GOPDConfig, *, source: str) -> None:

@@ -15,6 +15,7 @@ ESTIMATORS = ("sampled", "stratified", "full")
 # Aggregations whose token term is ratio × advantage, so that an advantage with a gradient passes through unchanged.
 FULL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 SAMPLED_LOSS_TYPES = (*FULL_LOSS_TYPES, "cispo", "sapo", "vespo")
+NONFINITE = ("raise", "skip")
 # Values with which the options of a sampler leave the distribution as it is
 NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
     "top_p": (1.0, None),
@@ -153,6 +154,17 @@ class GOPDConfig(GRPOConfig):  # type: ignore[misc]
             Revision of the reference on the Hub.
         ref_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments of `from_pretrained` for a reference given by name, as for the teacher.
+
+        > Parameters that control what is done about numbers that are not finite
+
+        gopd_nonfinite (`str`, *optional*, defaults to `"raise"`):
+            What is done when a frozen model, the student, a task reward or the norm of the gradient gives NaN or an
+            infinite number: `"raise"` stops the run with the row and the model at fault, `"skip"` leaves the optimizer
+            step out on all ranks and logs `gopd/skipped_steps`. Weights, optimizer and learning rate are then as if
+            there had been no such step. Not with DeepSpeed, which takes the step inside the backward pass.
+        gopd_max_skipped_steps (`int`, *optional*, defaults to `10`):
+            Optimizer steps left out in a row with which `"skip"` stops the run. Steps that a float16 gradient scaler
+            leaves out by itself are not counted.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + [
@@ -290,6 +302,18 @@ class GOPDConfig(GRPOConfig):  # type: ignore[misc]
         default=None, metadata={"help": "Keyword arguments of `from_pretrained` for the reference."}
     )
 
+    # Parameters that control what is done about numbers that are not finite
+    gopd_nonfinite: str = field(
+        default="raise",
+        metadata={
+            "help": "What is done about NaN and infinite numbers: stop the run, or leave the optimizer step out.",
+            "choices": list(NONFINITE),
+        },
+    )
+    gopd_max_skipped_steps: int = field(
+        default=10, metadata={"help": "Optimizer steps left out in a row with which 'skip' stops the run."}
+    )
+
     def __post_init__(self) -> None:
         if self.num_generations is None or self.num_generations < 1:
             raise ValueError(f"`num_generations` must be at least 1, got {self.num_generations}. Use 1.")
@@ -319,6 +343,8 @@ class GOPDConfig(GRPOConfig):  # type: ignore[misc]
                 f"`gopd_estimator` must be one of {list(ESTIMATORS)}, got {self.gopd_estimator!r}. Use 'sampled' for "
                 "the paper's."
             )
+        if self.gopd_nonfinite not in NONFINITE:
+            raise ValueError(f"`gopd_nonfinite` must be one of {list(NONFINITE)}, got {self.gopd_nonfinite!r}.")
         if self.overlong_teacher_prompts not in ("raise", "drop"):
             raise ValueError(
                 f"`overlong_teacher_prompts` must be 'raise' or 'drop', got {self.overlong_teacher_prompts!r}."
@@ -332,6 +358,7 @@ class GOPDConfig(GRPOConfig):  # type: ignore[misc]
             ("gopd_chunk_size", 1, 256),
             ("gopd_top_k", 1, 64),
             ("num_loss_tokens_to_skip", 0, 0),
+            ("gopd_max_skipped_steps", 1, 10),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}. Use {usual}.")

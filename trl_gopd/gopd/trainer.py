@@ -28,7 +28,8 @@ from .frozen.build import FrozenBuilder, asks_servers
 from .frozen.routing import Routing, as_name
 from .generation_batch import route
 from .model_card import PAPER, describe
-from .observer import EndOfStep, Observer
+from .nonfinite import NonFiniteGuard
+from .observer import NONFINITE_SHARE, EndOfStep, Observer
 from .prompts import TeacherPrompts
 from .rewards import drop_null_reward, null_reward
 from .rollouts import stored_completions, stored_ratio
@@ -218,10 +219,14 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         if not self._estimator.needs_old_logps:  # then nothing is corrected for the sampler either
             self.vllm_importance_sampling_correction = False
         self._schedule = args.build_lambda_schedule()
+        self._guard = NonFiniteGuard(
+            args, self.accelerator, frozen=self._frozen, routing=self._routing, tokenizer=self._tokenizer
+        )
         self._observer = Observer(
             args,
             self._schedule,
             self.accelerator,
+            self._guard,
             teacher_ids=list(self.teachers),
             mixes_lambda=self._routing.varies,
             eos_token_ids=eos_token_ids(self),
@@ -321,6 +326,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if keys.IMAGES in output:  # from a tool, or from rows without column names
             raise NotImplementedError("Rows with images are not supported: frozen models score text only.")
+        output[keys.ADVANTAGES] = self._guard.task_advantages(output[keys.ADVANTAGES])
         route(
             output,
             inputs,
@@ -343,7 +349,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         batch = Batch.from_trl(output)
         if self._completion_log is not None:
             self._completion_log.begin(len(inputs), self._logs)
-        output.update(self._estimator.scores(batch).to_trl())
+        output.update(self._guard.scores(lambda: self._estimator.scores(batch), batch, inputs).to_trl())
         self._add_metrics("gopd", self._frozen.cache_hits())
         drop_null_reward(self._metrics[self._mode], self._logs["rewards"], has_others=self._has_rewards)
         return output
@@ -353,6 +359,10 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         # TRL may mask truncated completions out, which makes them look empty.
         self._lengths = torch.tensor([len(ids) for ids in generated[1]], device=self.accelerator.device)
         return generated
+
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Tensor:
+        rewards = super()._calculate_rewards(inputs, *args, **kwargs)
+        return self._guard.rewards(rewards, self.reward_func_names, inputs)
 
     def _weigh_stored(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         """Adds the importance weights of stored completions, if it is known what their sampler gave them."""
@@ -419,10 +429,6 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         lambdas = self._schedule.at(self.state.global_step, batch.gopd_lambda.unsqueeze(1))
         assert isinstance(lambdas, Tensor)
         estimate = self._estimator.estimate(student, batch, scores, lambdas)
-        if self._completion_log is not None:
-            self._completion_log.add(batch, estimate)
-        is_training = self.model.training
-        self._add_metrics("gopd", self._observer.micro_batch(estimate, batch, is_training=is_training))
         # GRPO's own advantages are zero without `reward_funcs`.
         advantages = estimate.credits
         if self._has_rewards:
@@ -430,8 +436,19 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         weights = self._routing.weights
         if weights is not None:
             advantages = advantages * weights.to(advantages)[batch.teacher_index, None]
+        is_training = self.model.training
+        metrics = self._observer.micro_batch(estimate, batch, advantages=advantages, is_training=is_training)
+        self._add_metrics("gopd", metrics)
+        if self._completion_log is not None and NONFINITE_SHARE not in metrics:
+            self._completion_log.add(batch, estimate)
         inputs[keys.ADVANTAGES] = advantages
         return estimate.logps, estimate.entropy, estimate.aux_loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        metrics = self._guard.gradient(grad_norm, self.optimizer, step=self.state.global_step)
+        self._metrics["train"].update(metrics)  # a count, of which no mean is taken
+        return grad_norm
 
     # Logs
 

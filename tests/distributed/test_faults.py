@@ -1,0 +1,78 @@
+"""
+What goes wrong on one rank is known to all: they raise, or leave the optimizer step out, together, and none waits for
+another in a collective operation.
+"""
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from tests.distributed import harness
+from tests.distributed.test_parity import PROMPTS, ScriptedTrainer
+from trl_gopd.gopd.config import GOPDConfig
+
+
+def fail_on_one_rank(layout, rank, *, models, out, fault, **options):
+    """The message of each rank, how far its student moved from its start, and the steps that it left out."""
+    args = GOPDConfig(
+        output_dir=out,
+        per_device_train_batch_size=2,
+        max_completion_length=12,
+        max_steps=1,
+        learning_rate=0.1,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        **options,
+    )
+    trainer = ScriptedTrainer(
+        model=f"{models}/student",
+        teacher_model=f"{models}/teacher",
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        processing_class=AutoTokenizer.from_pretrained(f"{models}/student"),
+    )
+    teacher = trainer.teachers[None]
+    if rank == 1 and fault == "nan":
+        teacher.head.weight.data[5] = torch.nan
+    if rank == 1 and fault == "error":
+        teacher.score = lambda sequences: 1 / 0
+    parameters = [p for _, p in sorted(trainer.accelerator.unwrap_model(trainer.model).named_parameters())]
+    start = [p.detach().clone() for p in parameters]
+    message = None
+    try:
+        trainer.train()
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+    trainer.accelerator.wait_for_everyone()  # which ranks that differ would not reach
+    moved = max(float((p - s).abs().max()) for p, s in zip(parameters, start, strict=True))
+    return {"message": message, "moved": moved, "skipped": trainer._guard.skipped_steps}
+
+
+@pytest.mark.parametrize("layout", ["ddp", "zero2"])
+@pytest.mark.parametrize("estimator", ["sampled", "full"])
+def test_all_ranks_raise_before_the_weights_change(layout, estimator, models, tmp_path):
+    results = harness.run(
+        fail_on_one_rank, layout, models=str(models), out=str(tmp_path), fault="nan", gopd_estimator=estimator
+    )
+    assert results[0] == results[1]
+    assert results[0]["message"].startswith("FloatingPointError: `teacher_model` (")
+    assert "generation batch of rank 1" in results[0]["message"] and results[0]["moved"] == 0
+
+
+def test_all_ranks_leave_the_step_out(models, tmp_path):
+    results = harness.run(
+        fail_on_one_rank, "ddp", models=str(models), out=str(tmp_path), fault="nan", gopd_nonfinite="skip"
+    )
+    assert results == [{"message": None, "moved": 0, "skipped": 1}] * 2
+
+
+def test_an_error_of_one_rank_ends_all(models, tmp_path):
+    results = harness.run(fail_on_one_rank, "ddp", models=str(models), out=str(tmp_path), fault="error")
+    assert results[1]["message"] == "ZeroDivisionError: division by zero"
+    assert results[0]["message"] == (
+        "RuntimeError: Scoring failed on another rank. ZeroDivisionError: division by zero"
+    )
