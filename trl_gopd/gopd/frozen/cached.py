@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from ..batch import Sequences
 from ..rollouts import pad_ids, token_ids
-from .identity import is_same_identity
+from .identity import is_partial, is_same_identity
 from .protocols import Scorer
 
 
@@ -129,6 +129,12 @@ class LogprobCache:
                 )
             text, temperature = connection.execute("SELECT identity, temperature FROM model").fetchone()
         found: dict[str, Any] = json.loads(text)
+        if is_partial(found) and identity is not None and not is_partial(identity) and identity.get("weights"):
+            raise ValueError(
+                f"The log-probability cache {self.path} was filled by an earlier version, whose checksum "
+                f"{found['weights']!r} did not cover all weights, so it is not known whether {dict(identity)} is the "
+                "model that it holds. Give another path to score anew, or open it without the model."
+            )
         if temperature != self.temperature or identity is not None and not is_same_identity(found, identity):
             asked = "any model" if identity is None else dict(identity)
             raise ValueError(

@@ -21,7 +21,7 @@ from ..batch import Sequences
 from ..divergence import chunk_slices
 from ..stratified import log_probs_at
 from .head import check_head, logit_transform
-from .identity import is_sharded, uses_fsdp, weights_digest
+from .identity import config_digest, is_sharded, uses_fsdp, weights_digest
 from .protocols import LogitScorer
 
 
@@ -194,12 +194,13 @@ class LocalScorer:
         return self.inner.logits(hidden)
 
     def identity(self) -> dict[str, Any]:
-        """Name, revision and checksum of the weights."""
+        """Name, revision, and checksums of the weights and of the configuration."""
         base = self.inner.base
         return {
             "name": base.config._name_or_path or type(base).__name__,
             "revision": getattr(base.config, "_commit_hash", None),
             "weights": None if self.is_sharded else weights_digest(self.inner.model),
+            "config": config_digest(base.config),
         }
 
     @contextmanager
