@@ -1,6 +1,6 @@
 """
 What goes wrong on one rank is known to all: they raise, or leave the optimizer step out, together, and none waits for
-another in a collective operation.
+another in a collective operation. After a run is resumed, every rank has its own rollouts again.
 """
 
 import pytest
@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from tests.distributed import harness
-from tests.distributed.test_parity import PROMPTS, ScriptedTrainer
+from tests.distributed.test_parity import PROMPTS, ScriptedTrainer, train
 from trl_gopd.gopd.config import GOPDConfig
 
 
@@ -76,3 +76,22 @@ def test_an_error_of_one_rank_ends_all(models, tmp_path):
     assert results[0]["message"] == (
         "RuntimeError: Scoring failed on another rank. ZeroDivisionError: division by zero"
     )
+
+
+def test_each_rank_goes_on_in_the_middle_of_its_generation_batch(models, tmp_path):
+    options = {
+        "models": str(models),
+        "accumulation": 2,
+        "steps_per_generation": 4,
+        "save_steps": 1,
+        "optim": "adamw_torch",
+    }
+    whole = harness.run(train, "ddp", out=str(tmp_path / "whole"), **options)
+    again = harness.run(
+        train, "ddp", out=str(tmp_path / "again"), resume=str(tmp_path / "whole" / "checkpoint-1"), **options
+    )
+    for before, after in zip(whole, again, strict=True):
+        assert after["seen"] == before["seen"][2:] and after["logs"] == before["logs"]
+    assert all(torch.equal(value, again[0]["weights"][name]) for name, value in whole[0]["weights"].items())
+    names = {path.name for path in (tmp_path / "whole" / "checkpoint-1").glob("gopd_*")}
+    assert names == {"gopd_state.json", "gopd_manifest.json", "gopd_rollouts_0.pt", "gopd_rollouts_1.pt"}

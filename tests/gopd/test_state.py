@@ -1,11 +1,31 @@
-"""How one frozen model is told from another."""
+"""
+How one frozen model is told from another, and what a checkpoint holds beside what the trainer puts there.
+
+- A checksum covers every number, name, shape and dtype of a model, packed weights too, and a configuration's every
+  field that may change an output.
+- A checkpoint is whole if its files are those of its manifest, or, without one, can be read; what is wrong is named.
+- What was saved is compared with what is there when a run goes on.
+"""
+
+import json
+import logging
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
 
-from trl_gopd.gopd.frozen.identity import is_same_identity
+from trl_gopd.gopd.checkpoints import MANIFEST, problem, whole_checkpoint, write_manifest
+from trl_gopd.gopd.frozen.cached import LogprobCache
+from trl_gopd.gopd.frozen.identity import config_digest, is_same_identity, parameters_digest, weights_digest
+from trl_gopd.gopd.schedules import LambdaSchedule
+from trl_gopd.gopd.state import read_state, write_state
 
 
 BASE = {"name": "base", "revision": None}
+MODELS = {"teachers": {"": {**BASE, "weights": "xxh3_128:aa"}}, "references": {}}
+MAIN_PROCESS = SimpleNamespace(is_main_process=True)
 
 
 @pytest.mark.parametrize(
@@ -17,8 +37,231 @@ BASE = {"name": "base", "revision": None}
         ({**BASE, "weights": None}, {**BASE, "revision": "v2", "weights": None}, False),
         ({**BASE, "adapter": "teacher_model_math"}, {**BASE, "adapter": "teacher_model_code"}, False),
         ({**BASE, "adapter": None}, BASE, True),  # the base without an adapter is the base
+        ({**BASE, "weights": "aa", "config": "c"}, {**BASE, "weights": "aa", "config": "d"}, False),
+        ({**BASE, "weights": "aa", "config": "c"}, {**BASE, "weights": "aa"}, True),
+        ({**BASE, "weights": "0123abcd"}, {**BASE, "weights": "xxh3_128:0123abcd"}, True),  # by name
+        ({**BASE, "weights": "0123abcd"}, {**BASE, "weights": "4567abcd"}, False),
     ],
 )
 def test_checksums_decide_before_names(one, other, same):
     assert is_same_identity(one, other) is same
     assert is_same_identity(other, one) is same
+
+
+class TestWeights:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.bool])
+    def test_every_number_counts(self, dtype):
+        model = nn.Module()
+        model.weight = nn.Parameter(torch.ones(37, 203).to(dtype), requires_grad=False)
+        before = weights_digest(model)
+        assert weights_digest(model) == before and before.startswith("xxh3_128:")
+        model.weight[36, 202] = 0
+        assert weights_digest(model) != before
+
+    def test_a_changed_row_of_the_head(self, models):
+        from tests.gopd.harness import load
+
+        teacher = load(models / "teacher")
+        before = weights_digest(teacher)
+        assert weights_digest(load(models / "teacher")) == before
+        with torch.no_grad():
+            teacher.get_output_embeddings().weight[100] += 1e-3
+        assert weights_digest(teacher) != before
+
+    def test_packed_weights_are_buffers(self):
+        layer = nn.Module()
+        layer.register_buffer("qweight", torch.zeros(8, 3, dtype=torch.int32))
+        before = weights_digest(layer)
+        layer.qweight[7, 2] = 1
+        assert weights_digest(layer) != before
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            {"w": torch.zeros(3, 2)},
+            {"v": torch.zeros(2, 3)},
+            {"w": torch.zeros(2, 3, dtype=torch.int32)},
+            {"w": torch.zeros(2, 3), "v": torch.zeros(0)},
+        ],
+    )
+    def test_names_shapes_and_dtypes_count(self, other):
+        assert parameters_digest(other) != parameters_digest({"w": torch.zeros(2, 3)})
+
+    def test_strides_and_chunks_do_not(self, monkeypatch):
+        monkeypatch.setattr("trl_gopd.gopd.frozen.identity.CHUNK", 5)
+        weight = torch.arange(21.0).view(3, 7)
+        want = parameters_digest({"w": weight})
+        monkeypatch.setattr("trl_gopd.gopd.frozen.identity.CHUNK", 100)
+        assert parameters_digest({"w": weight.T.contiguous().T}) == want
+
+    def test_what_is_elsewhere_has_none(self):
+        assert parameters_digest({"w": torch.zeros(2), "v": torch.zeros(2, device="meta")}) is None
+
+    def test_a_tensor_of_tensors(self):
+        class Quantized:
+            def __init__(self, codes):
+                self.codes, self.is_meta, self.dtype = codes, False, torch.int8
+
+            def __tensor_flatten__(self):
+                return ["codes"], None
+
+        from trl_gopd.gopd.frozen.identity import _add
+
+        class Digest(list):
+            update = list.append
+
+        seen = []
+        for codes in (torch.tensor([1, 2]), torch.tensor([1, 3])):
+            digest = Digest()
+            assert _add(digest, "w", Quantized(codes))
+            seen.append([bytes(part) for part in digest])
+        assert seen[0] != seen[1]
+
+
+class TestConfig:
+    def build(self, **options):
+        from transformers import LlamaConfig
+
+        return LlamaConfig(**{"hidden_size": 32, "vocab_size": 99, **options})
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+            {"eos_token_id": 7},
+            {"rms_norm_eps": 1e-5},
+            {"final_logit_softcapping": 30.0},
+            {"logits_scaling": 8.0},
+        ],
+    )
+    def test_what_changes_outputs_counts(self, options):
+        assert config_digest(self.build(**options)) != config_digest(self.build())
+
+    def test_names_and_versions_do_not(self):
+        config = self.build(architectures=["LlamaForCausalLM"], dtype="bfloat16", use_cache=False)
+        config._name_or_path, config._commit_hash, config.transformers_version = "elsewhere", "abc", "4.0"
+        assert config_digest(config) == config_digest(self.build())
+
+    def test_it_survives_the_disk(self, tmp_path):
+        from transformers import AutoConfig
+
+        config = self.build(eos_token_id=7)
+        config.save_pretrained(tmp_path)
+        assert config_digest(AutoConfig.from_pretrained(tmp_path)) == config_digest(config)
+
+
+def test_a_cache_with_a_partial_checksum_is_recognised(tmp_path):
+    path = tmp_path / "teacher.sqlite3"
+    LogprobCache(path, temperature=1.0, identity={**BASE, "weights": "0123abcd"})
+    with pytest.raises(ValueError, match="filled by an earlier version.*'0123abcd'.*Give another path to score anew"):
+        LogprobCache(path, temperature=1.0, identity={**BASE, "weights": "xxh3_128:00"})
+    assert LogprobCache(path, temperature=1.0).identity["weights"] == "0123abcd"
+
+
+class TestStateFile:
+    def test_a_missing_file(self, tmp_path):
+        with pytest.raises(ValueError, match="gopd_state.json is missing.*pass the folder as `model`"):
+            read_state(tmp_path, MODELS, LambdaSchedule())
+
+    @pytest.mark.parametrize("change", ["", "{", "[]", "null", '{"teachers": {}}'])
+    def test_a_damaged_file(self, tmp_path, change):
+        (tmp_path / "gopd_state.json").write_text(change)
+        with pytest.raises(ValueError, match="gopd_state.json is damaged .*Resume from another checkpoint"):
+            read_state(tmp_path, MODELS, LambdaSchedule())
+
+    @pytest.mark.parametrize("observed", [{}, {"ratio": "x", "trust": 1, "start_lengths": []}, []])
+    def test_a_damaged_schedule(self, tmp_path, observed):
+        write_state(tmp_path, MODELS, LambdaSchedule())
+        state = json.loads((tmp_path / "gopd_state.json").read_text()) | {"lambda_schedule": observed}
+        (tmp_path / "gopd_state.json").write_text(json.dumps(state))
+        with pytest.raises(ValueError, match="gopd_state.json is damaged"):
+            read_state(tmp_path, MODELS, LambdaSchedule())
+
+    def test_a_partial_checksum_is_said(self, tmp_path, caplog):
+        before = {"teachers": {"": {**BASE, "weights": "0123abcd"}}, "references": {}}
+        write_state(tmp_path, before, LambdaSchedule())
+        with caplog.at_level(logging.WARNING, "trl_gopd"):
+            read_state(tmp_path, MODELS, LambdaSchedule())
+        assert "written by an earlier version" in caplog.text and "base was compared by its name" in caplog.text
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    def build(step):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_file({"w": torch.arange(99.0)}, folder / "model.safetensors")
+        torch.save({"state": torch.arange(99.0)}, folder / "optimizer.pt")
+        write_state(folder, MODELS, LambdaSchedule())
+        (folder / "trainer_state.json").write_text('{"global_step": 1}')
+        return folder
+
+    return build
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+
+
+NAMES = ["model.safetensors", "optimizer.pt", "gopd_state.json", "trainer_state.json"]
+
+
+class TestWhole:
+    @pytest.mark.parametrize("name", NAMES)
+    def test_with_a_manifest(self, checkpoint, name):
+        folder = checkpoint(1)
+        write_manifest(folder)
+        assert problem(folder) is None
+        flip(folder / name)
+        assert problem(folder) == f"{name} has another content than was written"
+        cut(folder / name)
+        assert problem(folder).startswith(f"{name} has ") and "bytes instead of" in problem(folder)
+        (folder / name).unlink()
+        assert problem(folder) == f"{name} is missing"
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_without_one(self, checkpoint, name):
+        folder = checkpoint(1)
+        assert problem(folder) is None
+        cut(folder / name)
+        assert problem(folder).startswith(f"{name} is damaged")
+        (folder / name).write_bytes(b"")
+        assert problem(folder).startswith(f"{name} is damaged")
+
+    @pytest.mark.parametrize("text", ["", "{}", "[]", '{"files": {"optimizer.pt": {}}}'])
+    def test_a_damaged_manifest(self, checkpoint, text):
+        folder = checkpoint(1)
+        (folder / MANIFEST).write_text(text)
+        assert problem(folder).startswith(f"{MANIFEST} is damaged")
+
+    def test_the_newest_whole_one(self, checkpoint, tmp_path, caplog):
+        folders = {step: checkpoint(step) for step in (2, 9, 10, 11)}
+        write_manifest(folders[10])
+        cut(folders[10] / "model.safetensors")
+        (folders[11] / "trainer_state.json").unlink()
+        with caplog.at_level(logging.WARNING, "trl_gopd"):
+            assert whole_checkpoint(True, str(tmp_path), MAIN_PROCESS) == folders[9]
+        assert "checkpoint-11 is passed over, since it is not whole: trainer_state.json is missing" in caplog.text
+        assert "checkpoint-10 is passed over, since it is not whole: model.safetensors has" in caplog.text
+
+    def test_none_is_whole(self, checkpoint, tmp_path):
+        (checkpoint(3) / "trainer_state.json").unlink()
+        with pytest.raises(ValueError, match=r"No checkpoint .*checkpoint-3: trainer_state.json is missing.*anew"):
+            whole_checkpoint(True, str(tmp_path), MAIN_PROCESS)
+
+    def test_the_one_that_was_given(self, checkpoint, tmp_path):
+        folder = checkpoint(3)
+        assert whole_checkpoint(str(folder), "", MAIN_PROCESS) == folder
+        cut(folder / "optimizer.pt")
+        with pytest.raises(ValueError, match="checkpoint-3 is not whole: optimizer.pt is damaged.*=True` for the new"):
+            whole_checkpoint(str(folder), "", MAIN_PROCESS)
+
+    @pytest.mark.parametrize("given", [None, False, True])
+    def test_there_is_none(self, tmp_path, given):
+        assert whole_checkpoint(given, str(tmp_path), MAIN_PROCESS) is None

@@ -50,8 +50,10 @@ __all__ = [
     "eos_token_ids",
     "gather_heads",
     "get_config_model_id",
+    "get_rollouts",
     "prepare_deepspeed",
     "prepare_fsdp",
+    "set_rollouts",
     "through_forward",
     "use_adapter",
 ]
@@ -84,6 +86,16 @@ def eos_token_ids(trainer: Any) -> list[int]:
     if Version(trl.__version__) < Version("1.14.2"):
         return [trainer._tokenizer.eos_token_id]
     return list(trainer.eos_token_ids)
+
+
+def get_rollouts(trainer: Any) -> tuple[int, list[dict[str, Any]] | None]:
+    """How many micro-batches a [`~trl.GRPOTrainer`] has trained on, and those of its present generation batch."""
+    return trainer._step, trainer._buffered_inputs
+
+
+def set_rollouts(trainer: Any, step: int, rollouts: list[dict[str, Any]] | None) -> None:
+    """Puts back what `get_rollouts` returned: TRL itself would sample anew in the middle of a generation batch."""
+    trainer._step, trainer._buffered_inputs = step, rollouts
 
 
 class _AtLeastTwo(int):

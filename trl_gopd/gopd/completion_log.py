@@ -60,6 +60,8 @@ class CompletionLog:
     @torch.no_grad()
     def add(self, batch: Batch, estimate: Estimate) -> None:
         """Takes up the rows of a micro-batch; a row that was there already is replaced."""
+        if not len(self._means):  # sampled before the checkpoint that the run was resumed from
+            return
         mask = estimate.known
         advantages = token_advantages(
             student_logps=estimate.student_logps,

@@ -13,12 +13,13 @@ import trl
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from . import batch as keys
 from ._trl import ACCEPTED, check_device, disable_gradient_checkpointing, eos_token_ids, get_config_model_id
 from .batch import Batch, Scores
+from .checkpoints import whole_checkpoint, write_manifest
 from .checks import check_arguments, check_datasets, check_rewards, check_student
 from .completion_log import CompletionLog
 from .config import GOPDConfig
@@ -33,7 +34,7 @@ from .observer import NONFINITE_SHARE, EndOfStep, Observer
 from .prompts import TeacherPrompts
 from .rewards import drop_null_reward, null_reward
 from .rollouts import stored_completions, stored_ratio
-from .state import read_state, write_state
+from .state import RunState
 from .student import Student
 
 
@@ -232,6 +233,9 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
             eos_token_ids=eos_token_ids(self),
         )
         self.add_callback(EndOfStep(self._observer))
+        self._run_state = RunState(
+            self, schedule=self._schedule, guard=self._guard, identities=lambda: self._identities
+        )
         self._completion_log = None
         if args.log_completions:
             self._completion_log = CompletionLog(
@@ -293,23 +297,26 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
             super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        self._run_state.save(folder)
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # the files of all ranks are there
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            write_state(folder, self._identities, self._schedule)
+            write_manifest(folder)
 
     @functools.cached_property  # they never change, and checksums read every parameter
     def _identities(self) -> dict[str, dict[str, dict[str, Any]]]:
         return self._frozen.identities()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in [`~transformers.Trainer`]; resuming with other frozen models than the checkpoint's raises."""
-        folder = resume_from_checkpoint
-        if folder is True:
-            folder = get_last_checkpoint(self.args.output_dir)
-        if folder:
-            read_state(Path(str(folder)), self._identities, self._schedule)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        """
+        As in [`~transformers.Trainer`], but `True` takes the newest checkpoint that is whole. Resuming with other
+        frozen models than the checkpoint's raises, and every other option that has changed is logged.
+        """
+        folder = whole_checkpoint(resume_from_checkpoint, self.args.output_dir, self.accelerator)
+        if folder is not None:
+            self._run_state.load(folder)
+        return super().train(resume_from_checkpoint if folder is None else str(folder), *args, **kwargs)
 
     # One generation batch
 
