@@ -127,7 +127,7 @@ class RunState:
             write_state(folder, self.identities(), self.schedule, **more)
         if step % self._micro_steps and rollouts is not None:
             with written_whole(own) as part:
-                torch.save(_to_cpu(rollouts), part)
+                torch.save(_on("cpu", rollouts), part)
         else:
             own.unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()  # no rank may complete a checkpoint that lacks something of another one
@@ -162,7 +162,9 @@ class RunState:
                 f"{path} is missing, which holds the rest of a generation batch. Resume from another checkpoint; to "
                 "go on from the weights alone, pass the folder as `model`."
             )
-        rollouts: list[dict[str, Any]] = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        # torch cannot restore to "cpu:0", the device of a rank without an accelerator
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        rollouts: list[dict[str, Any]] = _on(self.accelerator.device, stored)
         return rollouts
 
     def _rollouts_path(self, folder: Path) -> Path:
@@ -242,9 +244,10 @@ def _compare(
             )
 
 
-def _to_cpu(value: Any) -> Any:
+def _on(device: Any, value: Any) -> Any:
+    """A copy with all tensors on a device, each with a memory of its own: of slices, each would save the whole."""
     if isinstance(value, Tensor):
-        return value.detach().cpu().clone()  # slices of one tensor would each save all of it
+        return value.detach().to(device, copy=True)
     if isinstance(value, dict):
-        return {key: _to_cpu(part) for key, part in value.items()}
-    return [_to_cpu(part) for part in value] if isinstance(value, list | tuple) else value
+        return {key: _on(device, part) for key, part in value.items()}
+    return [_on(device, part) for part in value] if isinstance(value, list | tuple) else value
