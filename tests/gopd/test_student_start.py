@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.gopd.harness import load, log_probs, read
 from tests.tiny import LORA, build_model
-from trl_gopd.gopd.frozen.adapter import AdapterScorer, fits_student
+from trl_gopd.gopd.frozen.adapter import AdapterScorer, fits_student, is_fresh_adapter
 from trl_gopd.gopd.frozen.local import LocalScorer
 
 
@@ -160,6 +160,19 @@ class TestKinds:
             mask = trainer.seen["completion_mask"].bool()
             anchor, reference = trainer.seen["ref_per_token_logps"], trainer.seen["gopd_reference_logps"]
             torch.testing.assert_close(anchor[mask], reference[mask], rtol=0, atol=ATOL)
+
+
+class TestFresh:
+    @pytest.mark.parametrize(
+        "changed", ["up_proj.lora_B.default", "embed_tokens.lora_embedding_A", "norm.modules_to_save.default"]
+    )
+    def test_any_change_ends_it(self, models, changed):
+        config = lora(target_modules=["embed_tokens", "up_proj"], modules_to_save=["norm"])
+        model = get_peft_model(load(models / "student"), config)
+        assert is_fresh_adapter(model)
+        parameter = next(p for name, p in model.named_parameters() if changed in name)
+        parameter.data.view(-1)[-1] += 1
+        assert not is_fresh_adapter(model)
 
 
 class TestHeads:
