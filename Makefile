@@ -3,13 +3,13 @@
 #   PYTHON       which Python builds .venv                       make test PYTHON=python3.12
 #   PIP_ARGS     passed to every pip install                     make test PIP_ARGS=--no-cache-dir
 #   TORCH_ARGS   passed to the install of torch alone            "--index-url https://download.pytorch.org/whl/cpu"
-#   PYTEST_ARGS  passed to every pytest                          make test PYTEST_ARGS="-n 4"
+#   PYTEST_ARGS  passed to every pytest; two processes by default make test PYTEST_ARGS="-n 4"
 #   MUTANTS      patterns of the mutants to test                 make mutants MUTANTS="trl_gopd.gopd.stratified*"
 
 PYTHON ?= python3
 PIP_ARGS ?=
 TORCH_ARGS ?=
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
 MUTANTS ?=
 
 VENV := .venv
