@@ -109,12 +109,14 @@ class TestTable:
 
     def test_beside_those_of_rewards(self):
         log, logs = new_log(None, TwoRanks(), has_rewards=True), trl_logs(0.5, -0.5)
-        log.begin(1, logs)
-        assert len(logs["extra"][COLUMN]) == 2 and all(math.isnan(value) for value in logs["extra"][COLUMN])
-        log.add(*micro_batch([0]))
+        log.begin(3, logs)
+        assert COLUMN == "gopd_advantage" and list(logs["extra"]) == [COLUMN]
+        assert len(logs["extra"][COLUMN]) == 6 and all(math.isnan(value) for value in logs["extra"][COLUMN])
+        log.add(*micro_batch([0, 1, 2]))
         log.fill(logs)
-        mean = sum(advantage(0, token) for token in range(3)) / 3
-        assert list(logs["extra"][COLUMN]) == [close(mean), close(-mean)] and list(logs["advantages"]) == [0.5, -0.5]
+        means = [sum(advantage(row, token) for token in range(3)) / 3 for row in range(3)]
+        assert list(logs["extra"][COLUMN]) == [close(mean) for mean in (*means, *(-mean for mean in means))]
+        assert list(logs["advantages"]) == [0.5, -0.5]
 
     def test_page(self, tmp_path):
         log = new_log(None)
@@ -143,6 +145,8 @@ class TestRowMeans:
         log.begin(2, trl_logs())
         log.add(*micro_batch([0, 1], loss_mask=[[1, 1, 0], [0, 0, 0]], known=[[1, 0, 0], [0, 0, 0]]))
         assert row_means(log).tolist() == [close(advantage(0, 0) / 2), 0.0]
+        log.add(*micro_batch([1], loss_mask=[[0, 1, 0]]))
+        assert row_means(log).tolist()[1] == close(advantage(1, 1))
 
     def test_a_row_that_comes_again_is_replaced(self):
         log = new_log(None)

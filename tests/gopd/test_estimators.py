@@ -390,7 +390,7 @@ def stratified_token(z, log_t, log_r, y, gopd_lambda, case, *, inside, weight):
         "student": log_s[y] if is_known else torch.tensor(-math.inf),
         "teacher": at(log_t, y) if is_known else torch.tensor(-math.inf),
         "reference": at(log_r, y) if is_known else torch.tensor(-math.inf),
-        "entropy": -sum(p.exp() * p for p in log_s if math.isfinite(p)),
+        "entropy": -sum(p.exp() * p for p in log_s if p.isfinite()),
         "reverse_kl": estimate(s - t),
         "means": {
             "top_k_coverage": s[:k].exp().sum(),
@@ -501,8 +501,10 @@ class TestSampled:
         estimator = SampledEstimator(problem.frozen(), **case.options)
         forward = Forward(problem.student, problem.batch)
         scores = estimator.scores(problem.batch)
-        got = estimator.estimate(forward, problem.batch, scores, step_lambda(case))
+        step = step_lambda(case)
+        got = estimator.estimate(forward, problem.batch, scores, step)
         assert_estimate(got, expect_sampled(problem, case), problem, case)
+        assert (got.gopd_lambda is step) == (name in CASES)
         assert got.logps is forward.logps and got.entropy is forward.entropy and got.aux_loss is forward.aux_loss
         assert got.logps.requires_grad and not got.credits.requires_grad and got.means == {}
         assert not got.advantages[got.known == 0].any()
@@ -548,7 +550,7 @@ class TestFull:
         assert_numbers(got.entropy, want.entropy, "entropy")
         assert_gradient(got.credits, want.credits, problem)
         assert got.aux_loss is forward.aux_loss and got.means == {}
-        assert torch.equal(got.logps, got.student_logps) and got.logps.isfinite().all()
+        assert torch.equal(got.logps, got.student_logps) and got.logps.isfinite().all() and not got.logps.requires_grad
         # a gradient of log-probabilities that nothing uses is not even asked for
         assert forward.outputs[1].requires_grad == (estimator.discount > 0)
 
@@ -595,7 +597,7 @@ class TestStratified:
         for name in means:
             assert_numbers(got.means[name], want.means[name], name)
         assert_gradient(got.credits, want.credits, problem)
-        assert torch.equal(got.logps, got.student_logps) and got.logps.isfinite().all()
+        assert torch.equal(got.logps, got.student_logps) and got.logps.isfinite().all() and not got.logps.requires_grad
 
     def test_more_ids_than_the_teachers_have(self):
         """Five of the student's, of which the teachers have four."""
@@ -683,7 +685,7 @@ class TestOverVocabulary:
 
     N = 9
 
-    def run(self, *, discount, has_reference=None, has_scores=True, **changes):
+    def run(self, *, discount, options=None, has_scores=True, **changes):
         batch = make_batch(**changes)
         names = ("divergence", "student", "expected", "teacher", "reference", "entropy", "reverse_kl", "mean")
         rows = torch.randn(8, self.N, generator=torch.Generator().manual_seed(0))
@@ -704,7 +706,7 @@ class TestOverVocabulary:
 
         step = torch.tensor([[1.0], [2.0], [3.0]])
         estimate = vocabulary.estimate_over_vocabulary(
-            student, batch, step, divergence, discount=discount, has_reference=has_reference
+            student, batch, step, divergence, discount=discount, **(options or {})
         )
         assert estimate.gopd_lambda is step and estimate.aux_loss is student.aux_loss
         return batch, estimate
@@ -718,7 +720,7 @@ class TestOverVocabulary:
 
     def test_every_number_is_put_in_its_place(self):
         has_reference = torch.tensor([[True], [False], [True]])
-        _, got = self.run(discount=0.0, has_reference=has_reference)
+        _, got = self.run(discount=0.0, options={"has_reference": has_reference})
         for field, name in (("teacher_logps", "teacher"), ("reference_logps", "reference"), ("entropy", "entropy")):
             assert torch.equal(getattr(got, field), self.placed(name))
         assert torch.equal(got.reverse_kl, self.placed("reverse_kl"))

@@ -227,6 +227,18 @@ class TestMeans:
         one = means(values_of(), self.INDEX, ["math", "code"], add_over_ranks=alone)
         assert_same(together, one)
 
+    def test_one_token(self):
+        alone_known = torch.zeros(3, 4)
+        alone_known[1, 0] = 1
+        got = means(values_of(known=alone_known), self.INDEX, ["math", "code"], add_over_ranks=alone)
+        assert got["math/token_share"] == 1.0 and got["code/token_share"] == 0.0 and got["advantage_mean"] == -2.0
+
+    def test_sums_are_float32(self):
+        """In bfloat16, 513 is 512."""
+        ones = torch.ones(1, 513, dtype=torch.bfloat16)
+        got = means({"one": (ones, ones.bool())}, torch.zeros(1, dtype=torch.int64), [None], add_over_ranks=alone)
+        assert got == {"one": 1.0}
+
     @pytest.mark.parametrize("ids", [[None], ["math", "code"]])
     def test_no_token_counts(self, ids):
         got = means(values_of(known=torch.zeros(3, 4)), self.INDEX * 0, ids, add_over_ranks=alone)
