@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, Features, IterableDataset, Value
 
 from tests.gopd.test_head import build, changed
@@ -22,6 +23,9 @@ def student(family, **options):
     return model
 
 
+ALONE = Accelerator(cpu=True)
+
+
 class TestStudent:
     @pytest.fixture
     def args(self, tmp_path):
@@ -30,25 +34,35 @@ class TestStudent:
     @pytest.mark.parametrize("estimator", ["sampled", "full", "stratified"])
     @pytest.mark.parametrize("family", ["llama", "cohere", "gemma2"])
     def test_families(self, args, family, estimator):
-        check_student(student(family, temperature=0.7), args(gopd_estimator=estimator, temperature=0.7))
+        check_student(
+            student(family, temperature=0.7),
+            args(gopd_estimator=estimator, temperature=0.7),
+            needs_start=False,
+            accelerator=ALONE,
+        )
 
     @pytest.mark.parametrize("estimator", ["full", "stratified"])
     def test_refuses_a_head_that_cannot_be_applied_in_chunks(self, args, estimator):
         model = student("llama")
         with pytest.raises(ValueError, match=r"logits of `model` \(LlamaForCausalLM\).*1\.3 times"):
-            check_student(changed(model, lambda logits: 1.3 * logits), args(gopd_estimator=estimator))
+            check_student(
+                changed(model, lambda logits: 1.3 * logits),
+                args(gopd_estimator=estimator),
+                needs_start=False,
+                accelerator=ALONE,
+            )
 
     def test_a_family_that_trl_does_not_know(self, args):
         """TRL's forward of the student leaves out the soft cap of RecurrentGemma, which ours has."""
-        check_student(student("recurrent_gemma"), args(gopd_estimator="full"))
+        check_student(student("recurrent_gemma"), args(gopd_estimator="full"), needs_start=False, accelerator=ALONE)
         with pytest.raises(ValueError, match="TRL computes other log-probabilities.*Use `gopd_estimator='full'`"):
-            check_student(student("recurrent_gemma"), args())
+            check_student(student("recurrent_gemma"), args(), needs_start=False, accelerator=ALONE)
 
     def test_leaves_the_student_as_it_was(self, args):
         model = student("llama").train()
         model.model.layers[0].eval()
         before = copy.deepcopy(model.state_dict())
-        check_student(model, args(gopd_estimator="stratified"))
+        check_student(model, args(gopd_estimator="stratified"), needs_start=False, accelerator=ALONE)
         assert model.training and not model.model.layers[0].training
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert all(parameter.grad is None for parameter in model.parameters())

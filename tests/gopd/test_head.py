@@ -35,10 +35,15 @@ def build(family, dtype=torch.float32):
     return AutoModelForCausalLM.from_config(config).to(dtype).eval()
 
 
+def predicting(frozen):
+    """Hidden states from which the last ids are predicted, as scorers give them."""
+    return lambda ids, mask, num_tokens: frozen(ids)[:, -num_tokens - 1 : -1]
+
+
 def check(model, **options):
     frozen = FrozenModel(model)
     options = {"project": functools.partial(project, frozen.head), "transform": frozen.transform, **options}
-    check_head(model, frozen.base, role="teacher_model", hidden=frozen.forward, **options)
+    check_head(model, frozen.base, role="teacher_model", hidden=predicting(frozen), **options)
 
 
 def changed(model, change):
@@ -112,7 +117,7 @@ def test_refuses_other_hidden_states():
             project=functools.partial(project, frozen.head),
             transform=frozen.transform,
             role="teacher_model",
-            hidden=frozen.forward,
+            hidden=predicting(frozen),
         )
 
 

@@ -11,8 +11,10 @@ import torch.distributed as dist
 
 from tests.gopd.test_scoring import build
 from trl_gopd.gopd.batch import Sequences
+from trl_gopd.gopd.frozen.build import FrozenModels
 from trl_gopd.gopd.frozen.grouping import MAX_PADDING, align, plan_groups, plan_rounds
 from trl_gopd.gopd.frozen.local import LocalScorer
+from trl_gopd.gopd.frozen.relabelled import relabelled
 from trl_gopd.gopd.frozen.routed import RoutedScorer
 
 
@@ -132,7 +134,9 @@ def spread_over_two():
 
 def rows_of_a_rank(layout, rank):
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # the process that forked may have made one
     accelerator = Accelerator(cpu=True)
     assert dist.get_world_size() == accelerator.num_processes == 2
     generator = torch.Generator().manual_seed(rank)
@@ -198,3 +202,29 @@ def test_configuration_of_a_model_that_is_sharded_alone():
         "zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 7},
     }
     assert given["zero_optimization"]["stage"] == 2
+
+
+class TestPrefetch:
+    """While completions are generated, the weights of a single teacher are on their way."""
+
+    @pytest.fixture
+    def fetched(self, monkeypatch):
+        calls = []
+        monkeypatch.setattr(LocalScorer, "prefetch", lambda scorer: calls.append(scorer))
+        return calls
+
+    @pytest.mark.parametrize("is_relabelled", [False, True])
+    def test_of_one_teacher(self, fetched, is_relabelled):
+        scorer = local_scorer()
+        FrozenModels({None: relabelled(scorer, 1, 2) if is_relabelled else scorer}, {}, None).prefetch()
+        assert fetched == [scorer]
+
+    def test_not_of_several(self, fetched):
+        FrozenModels({"a": local_scorer(), "b": local_scorer()}, {}, None).prefetch()
+        assert fetched == []
+
+
+def local_scorer():
+    from accelerate import Accelerator
+
+    return LocalScorer(build("scale"), accelerator=Accelerator(cpu=True), **OPTIONS)

@@ -350,6 +350,21 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"`teacher_model\['code'\]`.*another tokenizer"):
             several(teacher_model={"math": str(models / "teacher"), "code": str(tmp_path / "other")})
 
+    @pytest.mark.parametrize(
+        "options,message",
+        [
+            ({"gopd_score_batch_tokens": 0}, "`gopd_score_batch_tokens` must be at least 1, got 0. Use None"),
+            ({"shard_frozen_models": True}, "`shard_frozen_models` shards .* launched without it .* ZeRO-2, or use"),
+            (
+                {"shard_frozen_models": True, "offload_frozen_models": True},
+                "exclude each other: sharded models stay .* `offload_param`",
+            ),
+        ],
+    )
+    def test_how_models_are_forwarded(self, several, options, message):
+        with pytest.raises(ValueError, match=message):
+            several(**options)
+
     def test_offload_with_full(self, several):
         with pytest.raises(ValueError, match="heads of the frozen models in the loss"):
             several(offload_frozen_models=True, gopd_estimator="full")

@@ -61,12 +61,15 @@ class FrozenModels:
         self.reference = RoutedScorer(list(self.references.values())) if self.references else None
 
     def prefetch(self) -> None:
-        """Begins to copy the weights of the first model that waits in CPU memory to the device, if there is room."""
-        for scorer in self.teacher.scorers:
-            inner = scorer.wrapped if isinstance(scorer, CachedScorer) else scorer
-            if isinstance(inner, LocalScorer) and inner.is_offloaded:
+        """
+        Begins to copy the teacher's weights to the device, if they wait in CPU memory and there is room. Of several
+        teachers, or of one behind a cache, it is not known before completions are there which of them is called.
+        """
+        if len(self.teacher.scorers) == 1:
+            scorer = self.teacher.scorers[0]
+            inner = getattr(scorer, "scorer", scorer)  # under exchanged ids
+            if isinstance(inner, LocalScorer):
                 inner.prefetch()
-                return
 
     def modules(self, role: str) -> Any:
         """

@@ -97,6 +97,11 @@ def check_head(
     ids = _probed_ids(base)
     with probed(base, project, transform.scale) as (states, probes):
         want = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    if bool(want.isnan().any()):
+        raise ValueError(
+            f"The logits of `{role}` ({type(base).__name__}) are not finite: a model returns NaN. Check its weights, "
+            "or load it in a wider dtype."
+        )
     reason = None
     if not probes:
         reason = f"its forward does not call its backbone (`{base.base_model_prefix}`)"

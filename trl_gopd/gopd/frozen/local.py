@@ -234,11 +234,6 @@ class LocalScorer:
         states = self.call(ids[read].unsqueeze(0), position_ids=positions.unsqueeze(0))[0]
         return states[scored[read].to(states.device)]
 
-    @property
-    def is_offloaded(self) -> bool:
-        """Whether its weights wait in CPU memory."""
-        return self._offload is not None
-
     def prefetch(self) -> None:
         """Begins to copy weights that wait in CPU memory to the device, if there is room."""
         if self._offload is not None:
