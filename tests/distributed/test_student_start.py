@@ -6,6 +6,9 @@ Tolerances are those of `test_parity`.
 """
 
 import copy
+import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,14 +33,29 @@ KINDS = {
 }
 
 
-def train(layout, rank, *, models, out, kind, estimator, in_memory=False):
+def leave_whole(layout, path):
+    """Lets the ranks of this process keep parameters whole between passes: all under FSDP, small ones under ZeRO-3."""
+    if layout == "fsdp2":
+        os.environ["FSDP_RESHARD_AFTER_FORWARD"] = "false"
+    if layout == "zero3":
+        config = json.loads(Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text())
+        del config["zero_optimization"]["stage3_param_persistence_threshold"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(config))
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
+
+
+def train(layout, rank, *, models, out, kind, estimator, accumulation=1, in_memory=False, stays_whole=False):
     """Trains; returns the losses, the trained tensors, and the scores of the reference before and after."""
+    if stays_whole:
+        leave_whole(layout, Path(out, f"{rank}.json"))
     args = GOPDConfig(
         output_dir=out,
         gopd_lambda=1.25,
         gopd_estimator=estimator,
         gopd_chunk_size=7,
-        per_device_train_batch_size=GLOBAL_BATCH // harness.world_size(layout),
+        per_device_train_batch_size=GLOBAL_BATCH // harness.world_size(layout) // accumulation,
+        gradient_accumulation_steps=accumulation,
         max_completion_length=12,
         max_steps=STEPS,
         logging_steps=1,
@@ -128,6 +146,13 @@ def assert_same(ranks, want, layout):
         assert got["losses"] == pytest.approx(want["losses"], rel=1e-4)
     for name, weight in want["weights"].items():
         torch.testing.assert_close(ranks[0]["weights"][name], weight, rtol=0, atol=2e-6, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("layout", ["zero3", "fsdp2"])
+def test_parameters_that_stay_whole_are_exchanged_too(layout, models, tmp_path, single):
+    scenario = {"kind": "ia3", "estimator": "full", "accumulation": 2}  # the reference is scored between passes
+    ranks = harness.run(train, layout, models=str(models), out=str(tmp_path), stays_whole=True, **scenario)
+    assert_same(ranks, single(**scenario), layout)
 
 
 def test_ranks_begin_with_the_adapter_of_the_first(models, tmp_path, single):
