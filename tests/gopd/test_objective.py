@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_gopd.gopd.objective import LogitTransform, credit, extrapolate, later_credit, token_advantages
+from trl_gopd.gopd.objective import (
+    LogitTransform,
+    credit,
+    expectation,
+    extrapolate,
+    implicit_rewards,
+    lambda_is_one,
+    later_credit,
+    token_advantages,
+)
 
 
 EPS = torch.finfo(torch.float32).eps
@@ -292,6 +301,26 @@ class TestExtrapolate:
         log_q, _ = extrapolate(teacher_logps=teacher, reference_logps=reference, gopd_lambda=torch.tensor([1.0, 1.25]))
         torch.testing.assert_close(log_q, teacher, rtol=0, atol=4 * EPS)
 
+    @pytest.mark.parametrize("gopd_lambda", [1.0, 1.25])
+    def test_any_shape_is_one_of_states(self, generator, gopd_lambda):
+        """One state alone, and a batch of rows of states."""
+        teacher, reference = (draw(2, 3, 5, generator=generator).log_softmax(-1) for _ in range(2))
+        whole = extrapolate(teacher_logps=teacher, reference_logps=reference, gopd_lambda=gopd_lambda)
+        assert whole[0].shape == (2, 3, 5) and whole[1].shape == (2, 3)
+        for index in ((0, 0), (1, 2)):
+            one = extrapolate(teacher_logps=teacher[index], reference_logps=reference[index], gopd_lambda=gopd_lambda)
+            assert torch.equal(one[0], whole[0][index]) and torch.equal(one[1], whole[1][index])
+
+    def test_detached_and_float32(self, generator):
+        teacher = draw(2, 3, generator=generator).log_softmax(-1).bfloat16().requires_grad_()
+        for gopd_lambda in (1.0, 1.25):
+            for value in extrapolate(teacher_logps=teacher, reference_logps=teacher, gopd_lambda=gopd_lambda):
+                assert value.dtype == torch.float32 and not value.requires_grad
+
+    def test_missing_reference_raises(self):
+        with pytest.raises(ValueError, match=r"gopd_lambda=1.25.*got None. Pass it, or use 1"):
+            extrapolate(teacher_logps=torch.zeros(1, 1), reference_logps=None, gopd_lambda=1.25)
+
     def test_clip_bounds_the_reward(self):
         teacher, reference = torch.tensor([[0.9, 0.1]]).log(), torch.tensor([[0.1, 0.9]]).log()
         log_q, _ = extrapolate(
@@ -299,6 +328,49 @@ class TestExtrapolate:
         )
         expected = torch.tensor([[0.9 * math.exp(0.5), 0.1 * math.exp(-0.5)]])
         torch.testing.assert_close(log_q.exp(), expected / expected.sum(), rtol=0, atol=8 * EPS)
+
+
+class TestImplicitRewards:
+    def test_closed_form(self):
+        teacher, reference = torch.tensor([3.0, 0.0, -1.0]), torch.tensor([1.0, 0.25, 4.0])
+        got = implicit_rewards(teacher_logps=teacher, reference_logps=reference)
+        assert got.tolist() == [2.0, -0.25, -5.0]
+        got = implicit_rewards(teacher_logps=teacher, reference_logps=reference, extrapolation_clip=1.5)
+        assert got.tolist() == [1.5, -0.25, -1.5]
+
+    def test_detached_and_float32(self):
+        """In float32 before the difference: 8 − ¹/₃₂ has no place in bfloat16."""
+        teacher, reference = torch.tensor([8.0, 1.0]).bfloat16(), torch.tensor([0.03125, 1.0]).bfloat16()
+        rewards = implicit_rewards(teacher_logps=teacher.requires_grad_(), reference_logps=reference.requires_grad_())
+        assert rewards.tolist() == [7.96875, 0.0]
+        assert rewards.dtype == torch.float32 and not rewards.requires_grad
+
+
+class TestLambdaIsOne:
+    @pytest.mark.parametrize(
+        ("gopd_lambda", "expected"),
+        [
+            (1, True),
+            (1.0, True),
+            (1.25, False),
+            (torch.ones(2), True),
+            (torch.tensor([1.0, 1.25]), False),
+            (torch.ones(0), True),
+        ],
+    )
+    def test_of_all(self, gopd_lambda, expected):
+        assert lambda_is_one(gopd_lambda) is expected
+
+
+class TestExpectation:
+    def test_closed_form_over_the_last_dimension(self):
+        probs = torch.tensor([[[0.5, 0.5], [0.25, 0.75]]])
+        values = torch.tensor([[[2.0, 4.0], [4.0, 8.0]]])
+        assert expectation(probs, values).tolist() == [[3.0, 7.0]]
+
+    @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+    def test_id_without_probability_adds_nothing(self, value):
+        assert expectation(torch.tensor([0.0, 1.0]), torch.tensor([value, 3.0])).item() == 3.0
 
 
 class TestLogitTransform:

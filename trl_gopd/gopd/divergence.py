@@ -129,7 +129,7 @@ def extrapolated_divergence(
         log_q, _ = target(rows, log_t, log_r)
         probs = student.exp()
         gap = (student - log_q).masked_fill(probs == 0, 0.0)
-        grad = probs * (gap - (probs * gap).sum(-1, keepdim=True)) * of_divergence
+        grad = probs * (gap - (probs * gap).sum(1, keepdim=True)) * of_divergence
         return grad if of_logps is None else add_label_gradient(grad, probs, labels[rows].unsqueeze(1), of_logps)
 
     outputs = ChunkedHeadLoss.apply(  # type: ignore[no-untyped-call]
@@ -207,7 +207,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
                 logits = transform(F.linear(inputs, *head))
                 second = None if of_second is None else of_second[rows].float().unsqueeze(1)
                 grad = gradient(rows, logits, of_first[rows].float().unsqueeze(1), second)
-                shared = grad.size(-1)
+                shared = grad.size(1)
                 raw = transform.backward(grad, logits[:, :shared]).to(dtype)
                 if grad_hidden is not None:
                     grad_hidden[rows] = raw @ head[0][:shared]
@@ -261,17 +261,17 @@ def _shared_log_probs(
     student: Tensor, teacher: Tensor, reference: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probabilities `(n, V)` of the three models over the ids that all of them have, from their logits."""
-    shared = min(x.size(-1) for x in (student, teacher, reference) if x is not None)
-    log_s = student[:, :shared].log_softmax(-1)
-    log_t = teacher[:, :shared].float().log_softmax(-1)
-    log_r = None if reference is None else reference[:, :shared].float().log_softmax(-1)
+    shared = min(x.size(1) for x in (student, teacher, reference) if x is not None)
+    log_s = student[:, :shared].log_softmax(1)
+    log_t = teacher[:, :shared].float().log_softmax(1)
+    log_r = None if reference is None else reference[:, :shared].float().log_softmax(1)
     return log_s, log_t, log_r
 
 
 def gather_ids(logps: Tensor, ids: Tensor) -> Tensor:
     """Entries of `logps` `(n, V)` at `ids` `(n, m)`; -inf for ids that are not among the V."""
-    outside = ids >= logps.size(-1)
-    return logps.gather(-1, ids.masked_fill(outside, 0)).masked_fill(outside, -math.inf)
+    outside = ids >= logps.size(1)
+    return logps.gather(1, ids.masked_fill(outside, 0)).masked_fill(outside, -math.inf)
 
 
 def rows_of(gopd_lambda: float | Tensor, rows: slice) -> float | Tensor:

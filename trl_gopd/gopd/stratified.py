@@ -223,7 +223,7 @@ class _BackwardState:
 
 def _lump(logits: Tensor, asked: Tensor, log_t: Tensor, log_r: Tensor | None) -> _Outcomes:
     """Log-probabilities of S, of S̄ as a single outcome and of the label under the three models."""
-    is_students = asked < logits.size(-1)
+    is_students = asked < logits.size(1)
     known = is_students & ~log_t.isneginf()
     if log_r is not None:
         known &= ~log_r.isneginf()
@@ -231,7 +231,7 @@ def _lump(logits: Tensor, asked: Tensor, log_t: Tensor, log_r: Tensor | None) ->
     index = asked.masked_fill(~is_students, 0)
     is_excluded = (is_students & ~known)[:, :-1]
     exclude = logits.new_zeros(is_excluded.shape).masked_fill(is_excluded, -math.inf)
-    student = logits.scatter_add(1, index[:, :-1], exclude).log_softmax(-1)
+    student = logits.scatter_add(1, index[:, :-1], exclude).log_softmax(1)
     return _Outcomes(
         student=_with_rest(gather_ids(student, asked), known),
         teacher=_with_rest(log_t, known),
@@ -248,7 +248,7 @@ def _estimate(
 ) -> tuple[tuple[Tensor | None, ...], _BackwardState]:
     """The fields of [`StratifiedOutput`], and what the backward pass needs."""
     own, known = outcomes.student, outcomes.known
-    is_outside = (asked[:, :-1] != asked[:, -1:]).all(-1, keepdim=True)
+    is_outside = (asked[:, :-1] != asked[:, -1:]).all(1, keepdim=True)
     sampled = (known[:, -1:] & is_outside).float()
     if weights is not None:
         sampled = sampled * weights.detach().float().unsqueeze(1)
@@ -256,10 +256,10 @@ def _estimate(
     def estimate(x: Tensor) -> Tensor:
         """Unbiased estimate `(n, 1)` of Σ_v π_v x_v, from x `(n, k + 2)`."""
         correction = sampled * (x[:, -1:] - x[:, -2:-1])
-        return (own[:, :-1].exp() * x[:, :-1]).sum(-1, keepdim=True) + correction
+        return (own[:, :-1].exp() * x[:, :-1]).sum(1, keepdim=True) + correction
 
     mean, rest = estimate(advantages), advantages[:, -2:-1]
-    log_z = (own + advantages)[:, :-1].logsumexp(-1)
+    log_z = (own + advantages)[:, :-1].logsumexp(1)
     estimates = (
         log_z - mean.squeeze(1),
         own[:, -1],
@@ -268,7 +268,7 @@ def _estimate(
         -expectation(outcomes.everything.exp(), outcomes.everything),
         estimate((own - outcomes.teacher).masked_fill(own.isneginf(), 0.0)).squeeze(1),
         mean.squeeze(1),
-        own[:, :-2].exp().sum(-1),
+        own[:, :-2].exp().sum(1),
     )
     kept = _BackwardState(
         index=outcomes.index,
@@ -283,7 +283,7 @@ def _estimate(
 def _gradient(logits: Tensor, kept: _BackwardState) -> tuple[Tensor, Tensor]:
     """Gradient of the estimate with respect to the logits, and the student's probabilities, both `(n, V)`."""
     inside, label = kept.index[:, :-1], kept.index[:, -1:]
-    probs = logits.scatter_add(1, inside, kept.exclude).softmax(-1)
+    probs = logits.scatter_add(1, inside, kept.exclude).softmax(1)
     grad = probs * kept.mean_above_rest
     grad.scatter_add_(1, inside, -probs.gather(1, inside) * kept.above_rest)
     return grad.scatter_add_(1, label, -kept.sampled_correction), probs
@@ -301,7 +301,7 @@ def log_probs_at(logits: Tensor, ids: Tensor) -> Tensor:
         `torch.Tensor` of shape `(n, m)`: float32 nats; -inf for ids that are not among the V.
     """
     logits = logits.float()
-    return gather_ids(logits, ids) - logits.logsumexp(-1, keepdim=True)
+    return gather_ids(logits, ids) - logits.logsumexp(1, keepdim=True)
 
 
 def _check_choice(labels: Tensor, top_k: int | None, ids: Tensor | None) -> int | Tensor:
@@ -317,7 +317,7 @@ def _check_choice(labels: Tensor, top_k: int | None, ids: Tensor | None) -> int 
             f"`ids` must be int64 of shape ({len(labels)}, k) with k at least 1, got {ids.dtype} of shape "
             f"{tuple(ids.shape)}. Give k ids for each of the labels."
         )
-    ordered = ids.sort(-1).values
+    ordered = ids.sort(1).values
     if bool((ordered[:, 0] < 0).any()) or bool((ordered.diff() == 0).any()):
         raise ValueError("`ids` must be non-negative and distinct within a row, got some that are not. Remove them.")
     return ids
@@ -325,8 +325,8 @@ def _check_choice(labels: Tensor, top_k: int | None, ids: Tensor | None) -> int 
 
 def _top_ids(logits: Tensor, k: int) -> Tensor:
     """The k likeliest ids of each row."""
-    if k > logits.size(-1):
-        raise ValueError(f"`top_k` must be at most the size of the vocabulary, {logits.size(-1)}, got {k}.")
+    if k > logits.size(1):
+        raise ValueError(f"`top_k` must be at most the size of the vocabulary, {logits.size(1)}, got {k}.")
     return logits.topk(k).indices
 
 
@@ -346,7 +346,7 @@ def _with_rest(logps: Tensor, known: Tensor) -> Tensor:
     for ids that are not known.
     """
     logps = logps.detach().float()
-    mass = 1 - logps[:, :-1].exp().sum(-1, keepdim=True)  # rounded, so it may be negative
+    mass = 1 - logps[:, :-1].exp().sum(1, keepdim=True)  # rounded, so it may be negative
     rest = mass.clamp(min=torch.finfo(torch.float32).eps).log()
     logps = logps.masked_fill(~known, -math.inf)
     return torch.cat([logps[:, :-1], rest, logps[:, -1:]], 1)
