@@ -234,8 +234,9 @@ class TestRewards:
             trainer.train()
         assert is_untouched(trainer, models)
 
-    def test_it_is_skipped(self, make, models):
-        trainer = self.build(make, float("inf"), gopd_nonfinite="skip")
+    @pytest.mark.parametrize("scale", ["none", "group"])  # with "group" GRPO makes 0 of every advantage
+    def test_it_is_skipped(self, make, models, scale):
+        trainer = self.build(make, float("inf"), gopd_nonfinite="skip", scale_rewards=scale)
         trainer.train()
         assert is_untouched(trainer, models)
 

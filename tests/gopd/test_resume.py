@@ -79,7 +79,8 @@ def test_what_is_ours_comes_first_and_the_manifest_last(make, tmp_path, monkeypa
 
     monkeypatch.setattr(TrainerState, "save_to_json", saving)
     make(**SAVING).train()
-    assert seen == [["gopd_state.json"]]
+    make(**SAVING).train()  # into the same folder, where the first one's manifest would speak of other files
+    assert seen == [["gopd_state.json"]] * 2
     manifest = json.loads((tmp_path / "out" / "checkpoint-1" / "gopd_manifest.json").read_text())
     assert {"trainer_state.json", "gopd_state.json", "optimizer.pt", "rng_state.pth"} <= manifest["files"].keys()
 
