@@ -22,15 +22,18 @@ def result(walls, generation=0.5, imports_gib=0.5):
 
 class TestParseArgs:
     def test_defaults_are_all_contestants_of_the_tiny_models(self):
-        assert gopd_step.parse_args([]) == (list(CONTESTANTS), gopd_step.SETTINGS["tiny"], None)
+        assert gopd_step.parse_args([]) == (list(CONTESTANTS), gopd_step.SETTINGS["tiny"], BASELINE, None)
 
     def test_options_replace_those_of_the_size(self):
-        contestants, setting, file = gopd_step.parse_args(
-            ["--size", "smollm2", "--only", "gopd 1 full", BASELINE, "--repeats", "7", "--warmup", "0", "--json", "x"]
+        argv = ["--size", "smollm2", "--only", "gopd 1 full", BASELINE, "--repeats", "7", "--warmup", "0"]
+        contestants, setting, baseline, file = gopd_step.parse_args(
+            [*argv, "--bf16", "--baseline", "gopd 1 full", "--json", "x"]
         )
         assert contestants == [BASELINE, "gopd 1 full"]
-        assert setting == Setting("smollm2", batch_size=4, completion_length=64, threads=2, warmup=0, repeats=7)
-        assert file.name == "x"
+        assert setting == Setting(
+            "smollm2", batch_size=4, completion_length=64, threads=2, warmup=0, repeats=7, bf16=True
+        )
+        assert (baseline, file.name) == ("gopd 1 full", "x")
 
     @pytest.mark.parametrize("argv", [["--repeats", "0"], ["--size", "large"], ["--only", "gopd 2"]])
     def test_what_cannot_run_is_refused(self, argv, capsys):
@@ -105,7 +108,7 @@ class TestMain:
         argv = ["--only", BASELINE, "gopd 1 sampled", *self.ARGV, "--json", str(file)]
         gopd_step.main(argv)
         report = json.loads(file.read_text())
-        keys = {"command", "commit", "dirty", "versions", "machine", "dtype", "seed", "setting", "results", "summary"}
+        keys = {"command", "commit", "dirty", "versions", "machine", "seed", "setting", "results", "summary"}
         assert set(report) == keys
         assert "--only 'trl distillation' 'gopd 1 sampled'" in report["command"]
         assert report["setting"] == {**vars(MICRO)}
@@ -141,17 +144,25 @@ class TestMeasure:
             gopd_step.measure(["gopd 1 no-such-estimator"], MICRO)
 
 
-@pytest.mark.parametrize("size", ["tiny", "smollm2"])
-def test_documented_tables_are_the_committed_results(size):
-    docs = Path(__file__).parents[2] / "docs"
-    report = json.loads((docs / "results" / f"gopd_step_{size}.json").read_text())
-    assert gopd_step.summarize(report["results"]) == report["summary"]
-    assert gopd_step.table(report["summary"]) in (docs / "benchmarks.md").read_text()
-    assert report["setting"]["size"] == size and not report["dirty"]
-    assert list(report["results"]) == list(CONTESTANTS)
+DOCS = Path(__file__).parents[2] / "docs"
+BF16 = ["gopd 1 sampled", "gopd 1 full"]
+
+
+@pytest.mark.parametrize(
+    ("name", "contestants"), [("tiny", list(CONTESTANTS)), ("smollm2", list(CONTESTANTS)), ("smollm2_bf16", BF16)]
+)
+def test_documented_tables_are_the_committed_results(name, contestants):
+    report = json.loads((DOCS / "results" / f"gopd_step_{name}.json").read_text())
+    assert gopd_step.summarize(report["results"], contestants[0]) == report["summary"]
+    assert gopd_step.table(report["summary"]) in (DOCS / "benchmarks.md").read_text()
+    assert report["setting"]["size"] == name.removesuffix("_bf16") and not report["dirty"]
+    assert report["setting"]["bf16"] == name.endswith("_bf16")
+    assert list(report["results"]) == contestants
 
 
 def test_documented_steps_meet_their_targets():
-    report = json.loads((Path(__file__).parents[2] / "docs/results/gopd_step_smollm2.json").read_text())
+    summary = json.loads((DOCS / "results/gopd_step_smollm2.json").read_text())["summary"]
     for contestant, target in TARGETS.items():
-        assert report["summary"][contestant]["ratio"]["median"] <= target, contestant
+        assert summary[contestant]["ratio"]["median"] <= target, contestant
+    summary = json.loads((DOCS / "results/gopd_step_smollm2_bf16.json").read_text())["summary"]
+    assert summary["gopd 1 full"]["ratio"]["median"] <= 1.1
