@@ -11,21 +11,18 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..files import written_whole
-from .frozen.identity import ALGORITHM
+from ..files import ALGORITHM, checksum, sync, written_whole
 
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "gopd_manifest.json"
 STATE = "gopd_state.json"
-READ_BYTES = 2**24
 
 
 def write_manifest(folder: Path) -> None:
@@ -33,12 +30,10 @@ def write_manifest(folder: Path) -> None:
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
-            _sync(path)
-            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, ALGORITHM: _checksum(path)}
+            sync(path)
+            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, ALGORITHM: checksum(path)}
     with written_whole(folder / MANIFEST) as part:
         part.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
-        _sync(part)
-    _sync(folder)
 
 
 def whole_checkpoint(given: str | os.PathLike[str] | bool | None, output_dir: str, accelerator: Any) -> Path | None:
@@ -116,7 +111,7 @@ def problem(folder: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != entry["size"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
-            if _checksum(path) != entry[ALGORITHM]:
+            if checksum(path) != entry[ALGORITHM]:
                 return f"{name} has another content than was written"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} is damaged ({type(error).__name__}: {error})"
@@ -145,20 +140,3 @@ def _problem_without_manifest(folder: Path) -> str | None:
         elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
             return f"{name} is damaged or not complete"
     return None
-
-
-def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,10 +9,11 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from ...files import ALGORITHM
+
 
 # Of `Scorer.identity`, what stands in for a checksum of the weights where that is not known.
 NAMES = ("name", "revision", "adapter")
-ALGORITHM = "xxh3_128"  # of all checksums; memory speed, where CRC-32 takes three times as long
 CHUNK = 2**24  # numbers that are copied from a device at a time
 # Of a configuration, what may change between two copies of one model that give the same numbers.
 VOLATILE = (
