@@ -114,7 +114,9 @@ class GOPDConfig(GRPOConfig):  # type: ignore[misc]
         logprob_cache_dir (`str`, *optional*):
             Folder for the log-probabilities of frozen models, one SQLite file each. A completion that one of them has
             scored after the same prompt is not scored again, in this run or another; a file can stand for its model.
-            Only with `gopd_estimator="sampled"`.
+            All processes of one machine may share it. Network file systems such as NFS and Lustre are refused, since
+            their locks are unreliable: give each node a folder on a disk of its own. Only with
+            `gopd_estimator="sampled"`.
         use_stored_completions (`bool`, *optional*, defaults to `False`):
             Whether completions are read from a column `completion_ids` instead of being sampled. Where there is a
             column `sampling_per_token_logps`, their tokens are weighed by what the student and their sampler gave
@@ -277,7 +279,11 @@ class GOPDConfig(GRPOConfig):  # type: ignore[misc]
         },
     )
     logprob_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder where log-probabilities of frozen models are kept."}
+        default=None,
+        metadata={
+            "help": "Folder where log-probabilities of frozen models are kept. Not on a network file system: each "
+            "node needs a folder on a disk of its own."
+        },
     )
     use_stored_completions: bool = field(
         default=False, metadata={"help": "Whether completions are read from a column instead of being sampled."}

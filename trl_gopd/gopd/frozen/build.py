@@ -16,7 +16,8 @@ from transformers.utils import is_peft_available
 from .._trl import create_model_from_path
 from ..config import GOPDConfig
 from . import adapter
-from .cached import CACHE_SUFFIX, CachedScorer
+from .cache_file import CACHE_SUFFIX
+from .cached import CachedScorer
 from .local import LocalScorer
 from .protocols import Scorer
 from .routed import RoutedScorer
@@ -82,16 +83,20 @@ class FrozenModels:
 
     def cache_hits(self) -> dict[str, float]:
         """
-        `cache_hit_share` of the rows since the last call, over all ranks and caches; empty if there were none. It has
-        to be called by all ranks together.
+        `cache_hit_share` of the rows since the last call, and `cache_damaged_rows`, how many of the others were
+        stored but damaged, over all ranks and caches; empty if there were no rows. It has to be called by all ranks
+        together.
         """
         if not self.caches:
             return {}
-        counts = torch.tensor([[cache.hits, cache.misses] for cache in self.caches], device=self.accelerator.device)
-        hits, misses = self.accelerator.reduce(counts.sum(0).float(), reduction="sum").tolist()
+        rows = [[cache.hits, cache.misses, cache.damaged] for cache in self.caches]
+        counts = torch.tensor(rows, device=self.accelerator.device).sum(0).float()
+        hits, misses, damaged = self.accelerator.reduce(counts, reduction="sum").tolist()
         for cache in self.caches:
-            cache.hits = cache.misses = 0
-        return {"cache_hit_share": hits / (hits + misses)} if hits + misses else {}
+            cache.hits = cache.misses = cache.damaged = 0
+        if not hits + misses:
+            return {}
+        return {"cache_hit_share": hits / (hits + misses), "cache_damaged_rows": damaged}
 
     def identities(self) -> dict[str, dict[str, dict[str, Any]]]:
         """What tells the models from others, by role and teacher id, as JSON can hold it."""
