@@ -16,13 +16,15 @@ from transformers.utils import is_peft_available
 from .._trl import create_model_from_path
 from ..config import GOPDConfig
 from . import adapter
+from .address import is_url, redacted
 from .cache_file import CACHE_SUFFIX
 from .cached import CachedScorer
-from .local import LocalScorer
+from .http import ClientOptions
+from .local import LocalScorer, vocab_size_of
 from .protocols import Scorer
 from .routed import RoutedScorer
 from .routing import Routing
-from .served import ServedScorer, is_url
+from .served import ServedScorer
 from .sharding import check_sharding, sharded_loading
 from .start import StudentStart
 from .tokenizers import EndTokens, check_tokenizer, check_vocabulary, end_ids, stored_end_ids
@@ -119,7 +121,7 @@ def asks_servers(routing: Routing, estimator: str) -> bool:
     references = routing.references.values() if routing.uses_reference else ()
     for url in filter(is_url, [*references, *(given if estimator == "full" else ())]):
         raise ValueError(
-            f"`gopd_estimator={estimator!r}` needs log-probabilities of ids that {url} cannot be asked "
+            f"`gopd_estimator={estimator!r}` needs log-probabilities of ids that {redacted(url)} cannot be asked "
             "for: a server tells those of the sampled tokens and of its own likeliest ids. Use 'sampled', or "
             "'stratified' with served teachers and a reference that is here, or give the model by its name."
         )
@@ -281,16 +283,26 @@ class FrozenBuilder:
     ) -> Scorer:
         if init_kwargs or revision:
             raise ValueError(
-                f"`{role}_init_kwargs={init_kwargs}` and `{role}_revision={revision!r}` cannot act on {url}, whose "
-                "server has loaded the model already. Drop them, and start the server with what they say."
+                f"`{role}_init_kwargs={init_kwargs}` and `{role}_revision={revision!r}` cannot act on "
+                f"{redacted(url)}, whose server has loaded the model already. Drop them, and start the server with "
+                "what they say."
             )
+        args, config = self.args, self.accelerator.unwrap_model(self.student()).config
         scorer = ServedScorer(
             url,
-            temperature=self.args.temperature,
+            temperature=args.temperature,
             role=label,
-            batch_size=self.args.per_device_train_batch_size,
-            timeout=self.args.served_teacher_timeout,
-            top_k=self.args.gopd_top_k if self.asks_servers else 1,
+            batch_size=args.per_device_train_batch_size,
+            options=ClientOptions(
+                timeout=args.served_teacher_timeout,
+                patience=args.served_teacher_patience,
+                api_key_variable=args.served_teacher_api_key_variable,
+                ca_bundle=args.served_teacher_ca_bundle,
+                client_certificate=args.served_teacher_client_certificate,
+                verify=args.served_teacher_verify,
+            ),
+            top_k=args.gopd_top_k if self.asks_servers else 1,
+            num_ids=vocab_size_of(config),
         )
         tokenizer = check_vocabulary(self.tokenizer, scorer.source, role=label)
         self.ends.compare(scorer, stored_end_ids(tokenizer, scorer.source), role=label)
