@@ -129,8 +129,10 @@ class Asked:
             )
         by_id = {}
         for key, entry in entries.items():
-            index = int(key) if key.isascii() and key.isdecimal() and len(key) <= ID_DIGITS else -1
-            if str(index) != key or self.num_ids is not None and index >= self.num_ids:
+            is_number = key.isascii() and key.isdecimal() and len(key) <= ID_DIGITS
+            index = int(key) if is_number else 0
+            # "03" would be another name of 3
+            if not is_number or str(index) != key or self.num_ids is not None and index >= self.num_ids:
                 known = "" if self.num_ids is None else f" below {self.num_ids}"
                 raise WrongAnswer(f"answered {where} with {_shown(key)} among the ids, which must be numbers{known}")
             by_id[index] = _log_probability(entry, where, index)
