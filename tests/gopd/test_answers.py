@@ -133,6 +133,12 @@ class TestAsked:
             asked().read({"choices": answer})
         assert len(str(info.value)) < 500
 
+    def test_broad_values_are_shown_in_part(self):
+        value = {f"{i}": {f"{j}": ["x" * 50] * 9 for j in range(9)} for i in range(9)}
+        with pytest.raises(WrongAnswer) as info:
+            asked().read(value)
+        assert len(str(info.value)) < 300
+
     def test_room_for_every_answer(self):
         """Long texts of tokens, and what else vLLM sends along."""
         answer = proper(asked().payload)

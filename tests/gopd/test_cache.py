@@ -255,6 +255,13 @@ class TestFile:
             LogprobCache(path, temperature=1.0)
         assert len(LogprobCache(path, temperature=1.0, identity=MODEL)) == 0
 
+    def test_damaged_where_a_message_quotes_it(self, cached, path):
+        """Then the message of SQLite need not be UTF-8."""
+        content = path.read_bytes()
+        path.write_bytes(content.replace(b"identity TEXT NOT NULL", b"identity TEXT NO\xff NULL"))
+        with pytest.raises(OSError, match="cannot be used: .* if it is damaged, delete it and score anew"):
+            CachedScorer(Fake(), path, temperature=1.0)
+
     def test_folder_in_its_place(self, path):
         path.mkdir(parents=True)
         with pytest.raises(OSError, match="unable to open.* It must be a file in a folder that is writable"):

@@ -20,7 +20,8 @@ ID_DIGITS = 9  # of ids; a vocabulary of more is unheard of
 
 # How values are shown in messages: neither a long nor a deeply nested one may be written out.
 _BRIEF = reprlib.Repr()
-_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 80
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother, _BRIEF.maxlong = 3, 80, 80, 80
+SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -185,4 +186,5 @@ def _no_log_probability(where: str, index: int, value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    return _BRIEF.repr(value)
+    text = _BRIEF.repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"

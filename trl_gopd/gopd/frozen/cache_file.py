@@ -185,8 +185,8 @@ class LogprobCache:
             models = connection.execute("SELECT identity, temperature, checksum FROM model LIMIT 2").fetchall()
         match models:
             case [(bytes(text), float(temperature), checksum)] if checksum == _model_checksum(text, temperature):
-                identity: dict[str, Any] = json.loads(text)
-                return identity, temperature
+                found: dict[str, Any] = json.loads(text)
+                return found, temperature
         raise OSError(f"The log-probability cache {self.path} does not tell which model it holds. {DAMAGED}")
 
     @contextmanager
@@ -199,7 +199,7 @@ class LogprobCache:
                 connection.text_factory = bytes  # damaged text need not be UTF-8
                 connection.execute("PRAGMA cell_size_check = ON")  # finds more damage before it is followed
                 yield connection
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter of a message that quotes damaged text
             remedy = REMEDIES.get(
                 (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF,
                 "Look at the disk and file: if it is damaged, delete it and score anew.",
