@@ -438,8 +438,20 @@ class TestTls:
             client("https://a", ca_bundle=str(certificates / name))
 
 
-def test_proxy_of_the_environment(server, monkeypatch):
-    monkeypatch.setenv("http_proxy", server.url)
+@pytest.mark.parametrize("proxy", ["pa55word:x", "ftp://me:pa55word@host", "http://me:pa55word@[host"])
+def test_proxy_that_is_none(monkeypatch, proxy):
+    monkeypatch.setenv("http_proxy", proxy)
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(
+        ValueError, match="`http_proxy` must be the address of a proxy.* add teacher.invalid to"
+    ) as info:
+        client("http://teacher.invalid:8000")
+    assert "pa55word" not in str(info.value)
+
+
+@pytest.mark.parametrize("scheme", ["http://", ""])
+def test_proxy_of_the_environment(server, monkeypatch, scheme):
+    monkeypatch.setenv("http_proxy", scheme + server.url.removeprefix("http://"))
     monkeypatch.setenv("no_proxy", "")
     assert client("http://teacher.invalid:8000").ask([request()])[0]["choices"]
     assert server.requests[0][0] == "http://teacher.invalid:8000/v1/completions"

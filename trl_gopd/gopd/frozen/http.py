@@ -117,7 +117,7 @@ class JsonClient:
             What a server is asked first when it is back after it could not be reached: it may be another one now.
 
     Raises:
-        `ValueError`: If a certificate or the key cannot be used.
+        `ValueError`: If a certificate, the key or the proxy of the environment cannot be used.
     """
 
     def __init__(self, address: Address, options: ClientOptions) -> None:
@@ -135,7 +135,7 @@ class JsonClient:
             logger.warning(
                 "The key or password for %s is sent without encryption. Use https, or a tunnel.", address.server
             )
-        self._tls = _tls_context(options)
+        self._tls, self._proxy = _tls_context(options), _proxy(address)
         # Global random numbers belong to training, and ranks that began with one seed must not wait in step.
         self._random = random.Random()
 
@@ -164,7 +164,7 @@ class JsonClient:
                 return await self._ask(transport, exchange, patience)
 
         # Without the client around it, which writes whole addresses to the log.
-        async with httpx2.AsyncHTTPTransport(verify=self._tls, proxy=_proxy(self.address)) as transport:
+        async with httpx2.AsyncHTTPTransport(verify=self._tls, proxy=self._proxy) as transport:
             try:
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(ask(exchange)) for exchange in exchanges]
@@ -341,10 +341,20 @@ def _is_this_machine(address: Address) -> bool:
         return host == "localhost"
 
 
-def _proxy(address: Address) -> str | None:
+def _proxy(address: Address) -> httpx2.Proxy | None:
     """The proxy that the environment names for a server."""
     parts = urlsplit(address.origin)
-    return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
+    url = None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
+    if url is None:
+        return None
+    try:
+        return httpx2.Proxy(url if "://" in url else f"http://{url}")
+    except (ValueError, httpx2.InvalidURL):
+        # which is not shown, since it may contain a password
+        raise ValueError(
+            f"The environment variable `{parts.scheme}_proxy` must be the address of a proxy, such as "
+            f"http://host:3128. Correct or unset it, or add {parts.hostname} to `no_proxy`."
+        ) from None
 
 
 def _tls_context(options: ClientOptions) -> ssl.SSLContext:
