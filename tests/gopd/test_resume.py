@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerState
 
 from tests.gopd.harness import Keeping, Recording, load
+from trl_gopd.gopd.checkpoints import write_manifest
 from trl_gopd.gopd.trainer import GOPDTrainer
 
 
@@ -63,8 +64,8 @@ def test_missing_rollouts_are_named(make, tmp_path):
     options = {**SAVING, "steps_per_generation": 2, "per_device_train_batch_size": 2, "max_steps": 2}
     make(**options).train()
     folder = tmp_path / "out" / "checkpoint-1"
-    for name in ("gopd_rollouts_0.pt", "gopd_manifest.json"):
-        (folder / name).unlink()
+    (folder / "gopd_rollouts_0.pt").unlink()
+    write_manifest(folder)
     with pytest.raises(ValueError, match="gopd_rollouts_0.pt is missing.*Resume from another checkpoint"):
         make(**options).train(resume_from_checkpoint=str(folder))
 
@@ -80,7 +81,7 @@ def test_what_is_ours_comes_first_and_the_manifest_last(make, tmp_path, monkeypa
     monkeypatch.setattr(TrainerState, "save_to_json", saving)
     make(**SAVING).train()
     make(**SAVING).train()  # into the same folder, where the first one's manifest would speak of other files
-    assert seen == [["gopd_state.json"]] * 2
+    assert seen == [["gopd_state.json", "gopd_unfinished"]] * 2
     manifest = json.loads((tmp_path / "out" / "checkpoint-1" / "gopd_manifest.json").read_text())
     assert {"trainer_state.json", "gopd_state.json", "optimizer.pt", "rng_state.pth"} <= manifest["files"].keys()
 
