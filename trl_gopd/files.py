@@ -53,8 +53,9 @@ def written_whole(path: Path) -> Iterator[Path]:
         sync_tree(part)
         part.replace(path)
         sync(path.parent)
-    finally:
+    except BaseException:
         _remove(part)
+        raise
 
 
 def remove_leftovers(path: Path) -> None:
