@@ -13,6 +13,7 @@ from .contexts import shortened
 from .frozen.adapter import check_adapted_student, is_peft
 from .frozen.head import check_fused_head, check_head, logit_transform
 from .frozen.local import project, vocab_size_of
+from .prompts import prompt_problem
 
 
 if is_peft_available():
@@ -132,12 +133,12 @@ def check_rows(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _check_prompt(prompt: Any, where: str) -> None:
-    if isinstance(prompt, str) or isinstance(prompt, list) and prompt:
-        return
-    raise ValueError(
-        f"`prompt` must be a string or a list of messages, got {shortened(prompt)} in {where}. Correct the row, or "
-        "leave it out."
-    )
+    problem = prompt_problem(prompt)
+    if problem is not None:
+        raise ValueError(
+            f"`prompt` must be a string or a list of messages, got {shortened(prompt)} in {where}: {problem}. Correct "
+            "the row, or leave it out."
+        )
 
 
 def check_token_ids(

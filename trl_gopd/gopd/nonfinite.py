@@ -326,9 +326,11 @@ class NonFiniteGuard:
         if not estimate.student_logps[row, token].isfinite() or not estimate.logps[row, token].isfinite():
             value = estimate.logps[row, token].item()
             return f"The student gave the log-probability {value} to {where}. {REMEDIES['model']}"
+        value = estimate.gopd_lambda.expand(nonfinite.shape)[row, token].item()
         return (
-            f"The advantage is {advantages[row, token].item()} at {where}, though every model gave a finite "
-            f"log-probability to it. {REMEDIES['teacher_model']}"
+            f"The advantage is {advantages[row, token].item()} at {where}, with λ = {value:.4g}, though every model "
+            "gave a finite log-probability to it. Lower λ, set `gopd_extrapolation_clip`, or check what the models "
+            "give to other tokens."
         )
 
 
