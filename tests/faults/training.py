@@ -2,8 +2,9 @@
 What happens to a run of G-OPD that dies, whose disk is full, whose checkpoints rot, or whose numbers are not finite.
 
 A run ends as it would have without the fault, bit for bit: weights, the optimizer's state, the learning rate, λ's
-state and the random numbers. Or it says in one error what is wrong. Runs sample their completions, reuse them over
-several optimizer steps, and accumulate gradients, so that most checkpoints lie within a generation batch.
+state and the random numbers. Or it says in one error what is wrong. Runs sample their completions, accumulate
+gradients, and reuse what was sampled over four optimizer steps, so that most checkpoints lie within a generation
+batch. Only "stratified" samples for each step.
 """
 
 import atexit
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
+from transformers import TrainerCallback
 from transformers.utils import logging as hf_logging
 
 from tests.faults.disks import small_disk
@@ -37,7 +39,6 @@ STEPS = 4
 OPTIONS: dict[str, Any] = {
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
-    "steps_per_generation": 4,
     "max_completion_length": 5,
     "max_steps": STEPS,
     "save_strategy": "steps",
@@ -75,12 +76,14 @@ def models() -> Path:
 def build(estimator: str, cls: type[GOPDTrainer] = GOPDTrainer, **changed: Any) -> GOPDTrainer:
     """A trainer that writes nowhere yet."""
     folder = models()
-    arguments = {name: changed.pop(name) for name in ("reward_funcs", "train_dataset") if name in changed}
+    given = ("reward_funcs", "train_dataset", "teacher_model")
+    arguments = {name: changed.pop(name) for name in given if name in changed}
+    arguments.setdefault("teacher_model", str(folder / "teacher"))
     arguments.setdefault("train_dataset", Dataset.from_dict({"prompt": [f"{i}+{i + 3}" for i in range(16)]}))
-    options = {**OPTIONS, "gopd_estimator": estimator, "num_iterations": 1 if estimator == "stratified" else 2}
+    reuse = {} if estimator == "stratified" else {"steps_per_generation": 4, "num_iterations": 2}
+    options = {**OPTIONS, "gopd_estimator": estimator, **reuse}
     return cls(
         model=str(folder / "student"),
-        teacher_model=str(folder / "teacher"),
         ref_model=str(folder / "base"),
         args=GOPDConfig(**{**options, "output_dir": str(folder / "nowhere"), **changed}),
         processing_class=build_tokenizer(),
@@ -391,6 +394,18 @@ class Poisoned(GOPDTrainer):
         return loss
 
 
+class Spoiling(TrainerCallback):
+    """After the bad step, weights are not finite."""
+
+    def __init__(self, trainer: Poisoned) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.trainer.bad_step + 1:
+            weight = self.trainer.model.lm_head.weight
+            weight.data = self.trainer._poison(weight.data)
+
+
 @functools.cache
 def poisoned_trainer(estimator: str, nonfinite: str, place: str) -> Poisoned:
     def reward(completions: list[str], trainer_state: Any = None, **kwargs: Any) -> list[float]:
@@ -410,10 +425,8 @@ def poisoned_trainer(estimator: str, nonfinite: str, place: str) -> Poisoned:
 def with_poison(estimator: str, nonfinite: str, place: str, value: float, bad_step: int, folder: Path) -> Any:
     trainer = poisoned_trainer(estimator, nonfinite, place)
     trainer.place, trainer.value, trainer.bad_step = place, value, bad_step
-    if place == "update":  # a step with finite numbers that leads to others
-        trainer.args.learning_rate = 3e38
-        trainer.args.lr_scheduler_type = "constant"
-        trainer.args.weight_decay = 10.0
+    if place == "update":
+        trainer.add_callback(Spoiling(trainer))
     error = None
     try:
         train(trainer, folder)

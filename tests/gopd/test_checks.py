@@ -174,3 +174,9 @@ class TestPrompts:
     def test_what_is_none(self, prompt, reason):
         with pytest.raises(ValueError, match=f"in row 1 of the batch: .*{reason}.* Correct the row, or leave it out"):
             check_rows([{"prompt": "x"}, {"prompt": prompt}])
+
+    def test_strings_among_messages(self):
+        with pytest.raises(
+            ValueError, match=r"`prompt` is 'x' in row 1 of the batch and \[.* in row 0. Give all rows"
+        ):
+            check_rows([{"prompt": [TEXT]}, {"prompt": "x"}])

@@ -220,6 +220,13 @@ class TestStateFile:
         with pytest.raises(ValueError, match="gopd_state.json is damaged .*Resume from another checkpoint"):
             read_state(tmp_path, MODELS, LambdaSchedule())
 
+    @pytest.mark.parametrize("name", ["weights", "config"])
+    def test_a_checksum_that_is_none(self, tmp_path, name):
+        state = {"teachers": {"": {**BASE, name: {"a": 1}}}, "references": {}, "lambda_schedule": {}}
+        (tmp_path / "gopd_state.json").write_text(json.dumps(state))
+        with pytest.raises(ValueError, match="gopd_state.json is damaged .*a checksum is no text"):
+            read_state(tmp_path, MODELS, LambdaSchedule())
+
     def test_an_earlier_version_wrote_less(self, tmp_path):
         text = json.dumps({**MODELS, "lambda_schedule": LambdaSchedule().state_dict()})
         (tmp_path / "gopd_state.json").write_text(text)

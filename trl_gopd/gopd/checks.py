@@ -126,10 +126,19 @@ def check_dataset(dataset: Any, name: str, *, needs_prompts: bool) -> None:
 
 
 def check_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Raises `ValueError` for a row of a batch without a prompt, unless its environment is to give one."""
+    """
+    Raises `ValueError` for a row of a batch without a prompt, unless its environment is to give one, or with one of
+    another kind than the first row's, after which TRL treats all.
+    """
     for number, row in enumerate(rows):
-        if "prompt" in row:
-            _check_prompt(row["prompt"], f"row {number} of the batch")
+        if "prompt" not in row:
+            continue
+        _check_prompt(row["prompt"], f"row {number} of the batch")
+        if isinstance(row["prompt"], str) != isinstance(rows[0].get("prompt"), str):
+            raise ValueError(
+                f"`prompt` is {shortened(row['prompt'])} in row {number} of the batch and "
+                f"{shortened(rows[0].get('prompt'))} in row 0. Give all rows strings, or lists of messages."
+            )
 
 
 def _check_prompt(prompt: Any, where: str) -> None:

@@ -267,6 +267,9 @@ def read_state(folder: Path, models: Identities, schedule: LambdaSchedule) -> di
         saved = read_json(path)
         before = {role: {str(key): dict(model) for key, model in saved[role].items()} for role in models}
         observed = dict(saved["lambda_schedule"])
+        for model in (model for models_of_role in before.values() for model in models_of_role.values()):
+            if not all(isinstance(model.get(name), str | None) for name in ("weights", "config")):
+                raise ValueError(f"a checksum is no text in {model}")
         _check_counts(saved)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). {remedy}") from error
