@@ -28,7 +28,7 @@ from trl_gopd.gopd.checkpoints import (
     whole_checkpoint,
     write_manifest,
 )
-from trl_gopd.gopd.frozen.cached import LogprobCache
+from trl_gopd.gopd.frozen.cache_file import LogprobCache
 from trl_gopd.gopd.frozen.identity import config_digest, is_same_identity, parameters_digest, weights_digest
 from trl_gopd.gopd.schedules import LambdaSchedule
 from trl_gopd.gopd.state import read_state, write_state

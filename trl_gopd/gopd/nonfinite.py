@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from .batch import Batch, Scores
 from .config import GOPDConfig
 from .estimators.protocol import Estimate
+from .frozen.address import redacted
 from .frozen.build import FrozenModels
 from .frozen.identity import is_sharded
+from .frozen.protocols import ROUNDING
 from .frozen.routing import Routing
-from .frozen.served import ROUNDING
 
 
 logger = logging.getLogger(__name__)
@@ -370,7 +371,7 @@ def _label(role: str, key: str | None, given: Any) -> str:
     name = f"`{role}`" if key is None else f"`{role}[{key!r}]`"
     if given is None:
         return f"{name} (the student's start)"
-    return f"{name} ({given if isinstance(given, str) else type(given).__name__})"
+    return f"{name} ({redacted(given) if isinstance(given, str) else type(given).__name__})"
 
 
 def _vocab_size(scorer: Any) -> int:
