@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,22 +77,74 @@ def run(function: Callable[..., Any], layout: str, *, timeout: float = 120, **kw
     Raises:
         `AssertionError`: If a rank fails or does not end in time. The message holds the end of every rank's log.
     """
-    context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix=f"{layout}_") as name:
         folder = Path(name)
-        environment = {**_environment(layout, folder), "MASTER_PORT": str(_free_port())}
-        ranks = [
-            context.Process(target=_rank, args=(function, kwargs, layout, rank, environment, folder))
-            for rank in range(world_size(layout))
-        ]
-        for process in ranks:
-            process.start()
+        ranks = _start(function, layout, folder, kwargs)
         started = time.monotonic()
         is_late = _wait(ranks, started + timeout)
         codes = [process.exitcode for process in ranks]
         if is_late or any(codes):
             raise AssertionError(_report(layout, codes, is_late, time.monotonic() - started, folder))
         return [pickle.loads((folder / f"{rank}.pkl").read_bytes()) for rank in range(len(ranks))]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """
+    How a rank ended.
+
+    Args:
+        code (`int`, *optional*): Exit code, negative for a signal; `None` if it had to be killed.
+        seconds (`float`): From the end of the first rank to its own.
+        log (`str`): What it printed.
+    """
+
+    code: int | None
+    seconds: float
+    log: str
+
+    @property
+    def error(self) -> str:
+        """The last line that is not empty, which is the message of the exception that ended it."""
+        return self.log.strip().rpartition("\n")[2]
+
+
+def run_to_end(function: Callable[..., Any], layout: str, *, patience: float, **kwargs) -> list[Ended]:
+    """As `run`, for ranks that fail: how each has ended, `patience` seconds after the first of them at the latest."""
+    with tempfile.TemporaryDirectory(prefix=f"{layout}_") as name:
+        folder = Path(name)
+        ranks = _start(function, layout, folder, kwargs)
+        ends: dict[int, float] = {}
+        deadline = time.monotonic() + 120
+        while len(ends) < len(ranks) and time.monotonic() < deadline:
+            for rank, process in enumerate(ranks):
+                if rank not in ends and not process.is_alive():
+                    ends[rank] = time.monotonic()
+                    deadline = min(ends.values()) + patience
+            time.sleep(0.02)
+        for process in ranks:
+            process.kill()
+            process.join()
+        return [
+            Ended(
+                process.exitcode if rank in ends else None,
+                ends.get(rank, deadline) - min(ends.values(), default=deadline),
+                (folder / f"{rank}.log").read_text(errors="replace"),
+            )
+            for rank, process in enumerate(ranks)
+        ]
+
+
+def _start(function: Callable[..., Any], layout: str, folder: Path, kwargs: dict[str, Any]) -> list[Any]:
+    context = multiprocessing.get_context("fork")
+    environment = {**_environment(layout, folder), "MASTER_PORT": str(_free_port())}
+    ranks = [
+        context.Process(target=_rank, args=(function, kwargs, layout, rank, environment, folder))
+        for rank in range(world_size(layout))
+    ]
+    for process in ranks:
+        process.start()
+    return ranks
 
 
 def _environment(layout: str, folder: Path) -> dict[str, str]:

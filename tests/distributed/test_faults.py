@@ -73,9 +73,7 @@ def test_all_ranks_leave_the_step_out(models, tmp_path):
 def test_an_error_of_one_rank_ends_all(models, tmp_path):
     results = harness.run(fail_on_one_rank, "ddp", models=str(models), out=str(tmp_path), fault="error")
     assert results[1]["message"] == "ZeroDivisionError: division by zero"
-    assert results[0]["message"] == (
-        "RuntimeError: Scoring failed on another rank. ZeroDivisionError: division by zero"
-    )
+    assert results[0]["message"] == "OtherRankError: Rank 1: ZeroDivisionError: division by zero"
 
 
 def test_each_rank_goes_on_in_the_middle_of_its_generation_batch(models, tmp_path):
