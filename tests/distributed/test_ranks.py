@@ -136,6 +136,16 @@ def test_the_launcher_is_told_of_the_first_error(tmp_path):
     assert message["message"] == "ValueError: no such row" and "fail_alone" in message["extraInfo"]["py_callstack"]
 
 
+def fail_without_a_place(layout, rank):
+    os.environ["TORCHELASTIC_ERROR_FILE"] = "/dev/full"
+    fail_alone(layout, rank, failing=1, error=ValueError("no such row"))
+
+
+def test_an_error_that_cannot_be_recorded_is_raised():
+    _, one = ends(fail_without_a_place)
+    assert one.error == "ValueError: no such row"
+
+
 def test_a_single_process_does_nothing():
     before = threading.active_count()
     with together():

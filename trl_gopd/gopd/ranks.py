@@ -59,10 +59,13 @@ def together() -> Iterator[None]:
             raise
         except BaseException as error:
             said = f"{type(error).__name__}: {error}"
-            own = Failure(watch.rank, _without_peer(error) or said)
-            first = watch.tell(own)
-            if first == own and isinstance(error, Exception) and "TORCHELASTIC_ERROR_FILE" in os.environ:
-                get_error_handler().record_exception(error)  # for the summary with which the launcher ends
+            lost = _without_peer(error)
+            own = Failure(watch.rank, lost or said)
+            first = watch.tell(own, waits=lost is None)
+            is_cause = first == own and lost is None and isinstance(error, Exception)
+            if is_cause and "TORCHELASTIC_ERROR_FILE" in os.environ:
+                with suppress(OSError):  # of a full disk, for one
+                    get_error_handler().record_exception(error)  # for the summary with which the launcher ends
             if _may_be_of_collective(error) and first.text != said:  # which it is if all ranks have failed alike
                 raise OtherRankError(own.text if first == own else str(first)) from error
             raise
@@ -128,15 +131,18 @@ class _Watch:
         _Watch.present = None
         _Watch.failures += kind is not None
 
-    def tell(self, own: Failure) -> Failure:
-        """Leaves an error for the other ranks, and returns the first error of any rank."""
+    def tell(self, own: Failure, *, waits: bool) -> Failure:
+        """
+        Leaves an error for the other ranks, and returns the first error of any rank. If that is this one's, it waits
+        until the others have read it.
+        """
         self._is_over.set()
         try:
             first = Failure(*json.loads(self._store.compare_set(self._key, "", json.dumps(astuple(own)))))
-            if first == own:
+            if first == own and waits:
                 with suppress(dist.DistStoreError):  # a rank that was killed, or has not come this far
                     self._store.wait([self._read_by(rank) for rank in self._others], timedelta(seconds=READ_WITHIN))
-            else:
+            elif first != own:
                 self._store.set(self._read_by(self.rank), "")
         except RuntimeError:  # the process that holds the store is gone
             first = self._seen or own
