@@ -109,8 +109,8 @@ class Ended:
         return self.log.strip().rpartition("\n")[2]
 
 
-def run_to_end(function: Callable[..., Any], layout: str, *, patience: float, **kwargs) -> list[Ended]:
-    """As `run`, for ranks that fail: how each has ended, `patience` seconds after the first of them at the latest."""
+def run_to_end(function: Callable[..., Any], layout: str, *, within: float, **kwargs) -> list[Ended]:
+    """As `run`, for ranks that fail: how each has ended, if it did so `within` seconds after the first of them."""
     with tempfile.TemporaryDirectory(prefix=f"{layout}_") as name:
         folder = Path(name)
         ranks = _start(function, layout, folder, kwargs)
@@ -120,7 +120,7 @@ def run_to_end(function: Callable[..., Any], layout: str, *, patience: float, **
             for rank, process in enumerate(ranks):
                 if rank not in ends and not process.is_alive():
                     ends[rank] = time.monotonic()
-                    deadline = min(ends.values()) + patience
+                    deadline = min(ends.values()) + within
             time.sleep(0.02)
         for process in ranks:
             process.kill()
@@ -137,7 +137,7 @@ def run_to_end(function: Callable[..., Any], layout: str, *, patience: float, **
 
 def _start(function: Callable[..., Any], layout: str, folder: Path, kwargs: dict[str, Any]) -> list[Any]:
     context = multiprocessing.get_context("fork")
-    environment = {**_environment(layout, folder), "MASTER_PORT": str(_free_port())}
+    environment = {**environment_of(layout, folder), "MASTER_PORT": str(free_port())}
     ranks = [
         context.Process(target=_rank, args=(function, kwargs, layout, rank, environment, folder))
         for rank in range(world_size(layout))
@@ -147,8 +147,8 @@ def _start(function: Callable[..., Any], layout: str, folder: Path, kwargs: dict
     return ranks
 
 
-def _environment(layout: str, folder: Path) -> dict[str, str]:
-    """What `accelerate launch` exports to every rank."""
+def environment_of(layout: str, folder: Path) -> dict[str, str]:
+    """What `accelerate launch` exports to every rank; a configuration of DeepSpeed goes into `folder`."""
     if layout == "single":
         return {}
     world = str(world_size(layout))
@@ -228,7 +228,8 @@ def _rank(function, kwargs, layout: str, rank: int, environment: dict[str, str],
     os._exit(code)  # nothing of the parent's, such as pytest's own handlers, may run in a fork
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nothing listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -14,6 +14,7 @@ import traceback
 from datasets import Dataset
 
 from tests.distributed import harness  # which has FSDP2 run on a CPU
+from trl_gopd.gopd import ranks
 from trl_gopd.gopd.config import GOPDConfig
 from trl_gopd.gopd.trainer import GOPDTrainer
 
@@ -76,9 +77,11 @@ def train(
     teacher: str | None = None,
     estimator: str = "sampled",
     lives_on: float = 0.0,
+    steps: int = 3,
+    patience: float = ranks.PATIENCE,
 ) -> None:
     """
-    Trains three steps, with a checkpoint after the second.
+    Trains, with a checkpoint after the second step.
 
     Args:
         layout, rank: As from the harness.
@@ -89,7 +92,10 @@ def train(
         teacher: URL of a server. It has to refuse prompts with three `#` when the fault is "served".
         estimator: As in the configuration.
         lives_on: Seconds that the process of the failing rank takes to end after its error.
+        steps: How many.
+        patience: Seconds that the other rank gets to end by itself, and without an answer of the store.
     """
+    ranks.PATIENCE = ranks.LOST_AFTER = patience
     is_failing = rank == failing
     has = {name: is_failing and fault == name for name in FAULTS}
     print(f"RANK {rank} PID {os.getpid()}", flush=True)
@@ -113,9 +119,10 @@ def train(
         per_device_train_batch_size=2,
         num_generations=2,
         max_completion_length=8,
-        max_steps=3,
+        max_steps=steps,
         logging_steps=1,
         save_steps=2,
+        save_total_limit=1,
         use_cpu=layout != "fsdp2",
         bf16=False,
         report_to="none",
@@ -148,7 +155,6 @@ def train(
             traceback.print_exc()
             time.sleep(lives_on)
         raise
-    print("TRAINED", flush=True)
 
 
 if __name__ == "__main__":
@@ -160,4 +166,6 @@ if __name__ == "__main__":
     parser.add_argument("--failing", type=int, default=1)
     parser.add_argument("--teacher")
     parser.add_argument("--estimator", default="sampled")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--patience", type=float, default=ranks.PATIENCE)
     train(rank=int(os.environ["RANK"]), **vars(parser.parse_args()))

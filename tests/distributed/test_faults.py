@@ -10,7 +10,6 @@ from transformers import AutoTokenizer
 
 from tests.distributed import harness, launch_fault
 from tests.distributed.test_parity import PROMPTS, ScriptedTrainer, train
-from trl_gopd.gopd import ranks
 from trl_gopd.gopd.config import GOPDConfig
 
 
@@ -107,12 +106,11 @@ ALONE = {
 
 
 @pytest.mark.parametrize("fault", ALONE)
-def test_ranks_end_while_the_one_that_failed_lives_on(fault, models, tmp_path, monkeypatch):
+def test_ranks_end_while_the_one_that_failed_lives_on(fault, models, tmp_path):
     """With gloo, but not with NCCL, the end of that process would release the other one."""
-    monkeypatch.setattr(ranks, "PATIENCE", 1.0)
     layout, options, said = ALONE[fault]
-    arguments = {"models": str(models), "out": str(tmp_path), "fault": fault, "lives_on": 20.0, **options}
-    zero, one = harness.run_to_end(launch_fault.train, layout, patience=0, **arguments)
+    arguments = {"models": str(models), "out": str(tmp_path), "fault": fault, "lives_on": 20.0, "patience": 1.0}
+    zero, one = harness.run_to_end(launch_fault.train, layout, within=0, **arguments, **options)
     assert (zero.code, one.code) == (1, None), zero.log[-3000:]
     assert zero.log.splitlines()[-2].startswith(f"Rank 1: {said}")
     assert f"\n{said}" in one.log
@@ -120,7 +118,7 @@ def test_ranks_end_while_the_one_that_failed_lives_on(fault, models, tmp_path, m
 
 def test_the_end_of_a_rank_inside_a_sharded_model_releases_the_other(models, tmp_path):
     arguments = {"models": str(models), "out": str(tmp_path), "fault": "error", "phase": "forward"}
-    zero, one = harness.run_to_end(launch_fault.train, "fsdp2", patience=8, **arguments)
+    zero, one = harness.run_to_end(launch_fault.train, "fsdp2", within=8, **arguments)
     assert (zero.code, one.code) == (1, 1)
     assert one.error == f"ValueError: {launch_fault.MESSAGE}"
     assert zero.error.endswith(f"OtherRankError: Rank 1: {one.error}")

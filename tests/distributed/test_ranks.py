@@ -22,8 +22,8 @@ def wait_for_the_others() -> None:
     dist.all_reduce(torch.zeros(1))
 
 
-def ends(function, *, patience=8.0, **kwargs):
-    return harness.run_to_end(function, "ddp", patience=patience, **kwargs)
+def ends(function, **kwargs):
+    return harness.run_to_end(function, "ddp", within=12, **kwargs)
 
 
 def fail_alone(layout, rank, *, failing, error):
@@ -94,7 +94,7 @@ def lose_the_store(layout, rank):
 
 
 def test_without_the_process_of_the_store_no_rank_goes_on():
-    zero, one = ends(lose_the_store, patience=12)
+    zero, one = ends(lose_the_store)
     assert (zero.code, one.code) == (-signal.SIGKILL, 1)
     assert "The launcher is gone, or the process of rank 0, which holds the store." in one.log.splitlines()[-2]
 
