@@ -117,7 +117,7 @@ def train(
         gopd_estimator=estimator,
         gopd_lambda=1.0 if teacher else 1.25,
         per_device_train_batch_size=2,
-        num_generations=2,
+        num_generations=2 if fault == "reward" else 1,
         max_completion_length=8,
         max_steps=steps,
         logging_steps=1,
@@ -137,7 +137,7 @@ def train(
             args=args,
             train_dataset=Dataset.from_dict({"prompt": [f"What is {i} plus {i + 3}?" for i in range(16)]}),
             teacher_prompt=teacher_prompt,
-            reward_funcs=reward,
+            reward_funcs=reward if fault == "reward" else None,
         )
         state = trainer.accelerator.state
         assert str(state.distributed_type).rpartition(".")[2] == harness.DISTRIBUTED_TYPES[layout]

@@ -14,7 +14,7 @@ from tests.distributed.harness import EXAMPLES, environment_of, free_port
 
 
 SCRIPT = Path(__file__).with_name("launch_fault.py")
-LIMIT = 150.0  # seconds for a start and its end
+LIMIT = 90.0  # seconds for a start and its end
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def launch(launcher: str, layout: str, folder: Path, *options: str, kill_launche
 
 def _launcher(name: str, layout: str) -> list[str]:
     if name == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     if name == "deepspeed":
         command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--no_local_rank"]
         return [*command, "--master_port", str(free_port())]

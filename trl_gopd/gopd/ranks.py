@@ -49,10 +49,12 @@ def together() -> Iterator[None]:
         `OtherRankError`: On the other ranks, if an operation of theirs fails as a consequence. A rank that still waits
             after `PATIENCE` seconds prints the same message, and its process ends with the exit code 1.
     """
-    if _Watch.present is not None or not dist.is_initialized() or dist.get_world_size() == 1:
+    has_others = dist.is_initialized() and dist.get_world_size() > 1
+    store = _get_default_store() if has_others and _Watch.present is None else None
+    if store is None:  # which MPI does not have either, whose launchers end all ranks themselves
         yield
         return
-    with _Watch() as watch:
+    with _Watch(store) as watch:
         try:
             yield
         except OtherRankError:  # the other rank has told of it
@@ -101,6 +103,10 @@ class _Watch:
     """
     A thread that looks for the error of another rank, for as long as the context lasts.
 
+    Args:
+        store ([`~torch.distributed.Store`]):
+            That of the process group.
+
     Attributes:
         rank (`int`):
             Number of this process.
@@ -109,11 +115,11 @@ class _Watch:
     present: ClassVar["_Watch | None"] = None
     failures: ClassVar[int] = 0  # of earlier bodies, each of which all ranks have left with an error
 
-    def __init__(self) -> None:
+    def __init__(self, store: Any) -> None:
         self.rank = dist.get_rank()
         self._others = [rank for rank in range(dist.get_world_size()) if rank != self.rank]
         # A connection of its own: an operation of the other thread may wait on the first one for long.
-        self._store: Any = _get_default_store().clone()  # type: ignore[attr-defined]
+        self._store = store.clone()
         self._store.set_timeout(timedelta(seconds=ANSWER_WITHIN))
         self._key = f"gopd_failure_{_Watch.failures}"
         self._seen: Failure | None = None
