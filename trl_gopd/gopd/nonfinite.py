@@ -23,6 +23,7 @@ from .frozen.build import FrozenModels
 from .frozen.identity import is_sharded
 from .frozen.protocols import ROUNDING
 from .frozen.routing import Routing
+from .ranks import OtherRankError
 
 
 logger = logging.getLogger(__name__)
@@ -154,8 +155,9 @@ class NonFiniteGuard:
         totals = torch.stack([torch.as_tensor(count, device=wanted.device).float() for count in counts])
         failed, broken, tokens, left = self.accelerator.reduce(totals, reduction="sum").tolist()
         if failed:
-            said = self._first(None if failure is None else f"{type(failure).__name__}: {failure}")
-            raise failure or RuntimeError(f"Scoring failed on another rank. {said}")
+            rank = self.accelerator.process_index
+            said = self._first(None if failure is None else f"Rank {rank}: {type(failure).__name__}: {failure}")
+            raise failure or OtherRankError(said)
         if broken:
             self._batch_reason = self._raise_unless_skipped(self._first(self._explain_scores(scores, batch, invalid)))
         if tokens and not left:

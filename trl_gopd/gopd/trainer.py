@@ -44,6 +44,7 @@ from .frozen.routing import Routing, as_name
 from .generation_batch import route, weigh_stored
 from .model_card import PAPER, describe
 from .observer import NONFINITE_SHARE, EndOfStep
+from .ranks import together
 from .rewards import drop_null_reward, null_reward
 from .rollouts import stored_completions
 from .sole_writer import sole_writer
@@ -134,6 +135,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
     _name = "G-OPD"
     _paper = PAPER
 
+    @together()
     def __init__(
         self,
         model: "str | os.PathLike[str] | PreTrainedModel | PeftModel",
@@ -294,6 +296,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
     def _identities(self) -> dict[str, dict[str, dict[str, Any]]]:
         return self._frozen.identities()
 
+    @together()
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
         As in [`~transformers.Trainer`], but `True` takes the newest checkpoint that is whole. Resuming with other
@@ -316,6 +319,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         check_token_ids("completion", output[0], self._rows, self._student_base.config)
         return output
 
+    @together()
     @torch.no_grad()
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         check_rows(inputs)
