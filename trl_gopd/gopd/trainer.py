@@ -29,14 +29,7 @@ from ._trl import (
 from .assembly import assemble
 from .batch import Batch, Scores
 from .checkpoints import check_whole
-from .checks import (
-    check_arguments,
-    check_datasets,
-    check_rewards,
-    check_rows,
-    check_token_ids,
-    checked_rollouts,
-)
+from .checks import check_arguments, check_datasets, check_rewards, check_rows, check_token_ids, checked_rollouts
 from .config import GOPDConfig
 from .frozen.adapter import copy_start, is_peft, refuse_anchor_name, without_adapters
 from .frozen.build import asks_servers
