@@ -364,7 +364,9 @@ def _tls_context(options: ClientOptions) -> ssl.SSLContext:
     else:
         try:
             is_folder = Path(bundle).is_dir()
-            context = ssl.create_default_context(**{"capath" if is_folder else "cafile": bundle})
+            context = ssl.create_default_context(
+                cafile=None if is_folder else bundle, capath=bundle if is_folder else None
+            )
         except OSError as error:  # `ssl.SSLError` is one, too
             raise ValueError(
                 f"`served_teacher_ca_bundle` must be a file or folder of PEM certificates, got {bundle}: {error}."
