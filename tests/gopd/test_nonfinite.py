@@ -247,6 +247,33 @@ class TestRewards:
         assert not is_untouched(trainer, models)
 
 
+class TestWeights:
+    """A step can be taken with finite numbers and lead to weights that are not."""
+
+    def test_they_are_not_saved(self, make, tmp_path):
+        trainer = make(learning_rate=1e38, lr_scheduler_type="constant", save_strategy="steps", save_steps=1)
+        trainer.model.lm_head.weight.register_hook(lambda grad: grad + 100)
+        with pytest.raises(FloatingPointError, match="weights of the student, lm_head.weight for one, .* step 1, so"):
+            trainer.train()
+        assert not list((tmp_path / "out").glob("checkpoint-*/model*"))
+
+    def test_nor_at_the_end(self, make, tmp_path):
+        trainer = make()
+        with torch.no_grad():
+            trainer.model.lm_head.weight[3, 1] = torch.nan
+        with pytest.raises(FloatingPointError, match="lm_head.weight for one, are not finite.*Lower `learn"):
+            trainer.save_model(str(tmp_path / "last"))
+        assert not (tmp_path / "last").exists()
+
+    def test_weights_that_are_not_trained_are_not_looked_at(self, make, tmp_path):
+        trainer = make()
+        trainer.model.lm_head.weight.requires_grad_(False)
+        with torch.no_grad():
+            trainer.model.lm_head.weight[3, 1] = torch.inf
+        trainer.save_model(str(tmp_path / "last"))
+        assert (tmp_path / "last" / "model.safetensors").exists()
+
+
 def test_ids_outside_the_vocabulary_stay_out_of_the_loss(make, models, tokenizer, tmp_path):
     build_model(tokenizer, seed=1, vocab_size=270).save_pretrained(tmp_path / "padded")
     trainer = make(model=str(tmp_path / "padded"), ref_model=str(models / "base"))

@@ -28,7 +28,7 @@ from ._trl import (
 )
 from .assembly import assemble
 from .batch import Batch, Scores
-from .checkpoints import whole_checkpoint, write_manifest
+from .checkpoints import check_whole
 from .checks import check_arguments, check_datasets, check_rewards, check_rows, check_token_ids, checked_rollouts
 from .config import GOPDConfig
 from .frozen.adapter import copy_start, is_peft, refuse_anchor_name, without_adapters
@@ -40,6 +40,7 @@ from .observer import NONFINITE_SHARE, EndOfStep
 from .ranks import together
 from .rewards import drop_null_reward, null_reward
 from .rollouts import stored_completions
+from .sole_writer import sole_writer
 from .state import RunState
 from .student import Student
 
@@ -270,15 +271,19 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         with without_adapters(self.accelerator.unwrap_model(self.model), self._frozen.shared_adapters):
             super()._save(output_dir, state_dict)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in [`~transformers.Trainer`]; raises `FloatingPointError` for weights that are not finite."""
+        self._guard.weights(self.model, step=self.state.global_step)
+        super().save_model(output_dir, _internal_call)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        self._run_state.save(folder)
-        if self._kept_start is not None and self.args.should_save:
-            self._kept_start.save(folder)
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # the files of all ranks are there
-        if self.args.should_save:
-            write_manifest(folder)
+        with self._run_state.saved(folder, self._kept_start):
+            super()._save_checkpoint(model, trial)
+
+    def _load_best_model(self) -> None:
+        check_whole(self.state.best_model_checkpoint, self.accelerator)
+        super()._load_best_model()
 
     @functools.cached_property  # they never change, and checksums read every parameter
     def _identities(self) -> dict[str, dict[str, dict[str, Any]]]:
@@ -288,14 +293,13 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
         As in [`~transformers.Trainer`], but `True` takes the newest checkpoint that is whole. Resuming with other
-        frozen models than the checkpoint's raises, and every other option that has changed is logged.
+        frozen models than the checkpoint's raises, and every other option that has changed is logged. Another run may
+        not save into the same folder at the same time.
         """
-        folder = whole_checkpoint(resume_from_checkpoint, self.args.output_dir, self.accelerator)
-        if folder is not None:
-            if self._kept_start is not None:  # before it is compared with that of the checkpoint
-                self._kept_start.load(folder)
-            self._run_state.load(folder)
-        return super().train(resume_from_checkpoint if folder is None else str(folder), *args, **kwargs)
+        saves = self.args.save_strategy != "no"
+        with sole_writer(Path(self.args.output_dir), self.accelerator) if saves else nullcontext():
+            folder = self._run_state.resume(resume_from_checkpoint, self._kept_start)
+            return super().train(folder, *args, **kwargs)
 
     # One generation batch
 
