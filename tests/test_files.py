@@ -1,5 +1,6 @@
 """A file is there whole or not at all, and what stood there before stays until then."""
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -30,6 +31,14 @@ def test_leaves_nothing_by_half(tmp_path, before):
         part.write_text("ne")
         raise OSError("the disk is full")
     assert [file.read_text() for file in tmp_path.iterdir()] == ([] if before is None else [before])
+
+
+def test_errors_of_native_writers_are_os_errors(tmp_path):
+    with pytest.raises(OSError, match="No space left.*model") as caught, written_whole(tmp_path / "model"):
+        raise ValueError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(ValueError, match="another"), written_whole(tmp_path / "model"):
+        raise ValueError("another")
 
 
 def test_a_folder_takes_its_place_at_the_end(tmp_path):

@@ -32,6 +32,9 @@ def written_whole(path: Path) -> Iterator[Path]:
             Final path. A file that exists there is kept until the new one is complete. A folder that exists there has
             to be empty.
 
+    Raises:
+        `OSError`: if something cannot be written, whatever library writes it.
+
     Yields:
         `pathlib.Path`: Temporary path to write to. It is in the same folder, has the same suffix as `path`, and
         belongs to this writer alone, so that several processes may write the same path: the last one to end wins.
@@ -53,9 +56,13 @@ def written_whole(path: Path) -> Iterator[Path]:
         sync_tree(part)
         part.replace(path)
         sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         _remove(part)
-        raise
+        # safetensors and tokenizers write without Python, and name the cause in the text of errors of their own only.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError) or number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def remove_leftovers(path: Path) -> None:

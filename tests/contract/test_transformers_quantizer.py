@@ -3,13 +3,14 @@ What this package relies on in transformers' quantizers. A failure names what mo
 """
 
 import inspect
+import json
 
 import pytest
 import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -166,10 +167,29 @@ def test_what_the_hooks_see(recording):
     assert states[HOOKS[5]] == (False, True, True), f"model after loading {WHERE}hf_quantizer.py"
     assert "device_map" in kwargs["validate_environment"], f"`device_map` {WHERE}hf_quantizer.py"
     files = kwargs["_process_model_before_weight_loading"].get("checkpoint_files")
-    assert files and str(files[0]).endswith(".safetensors"), f"`checkpoint_files` {WHERE}hf_quantizer.py (`_verify`)"
+    assert files and str(files[0]).endswith(".safetensors"), f"`checkpoint_files` {WHERE}integrity.py"
     assert quantizer.dtype == torch.bfloat16, f"default dtype while a model is built {WHERE}hf_quantizer.py"
     assert quantizer.pre_quantized is False
     assert model.config.quantization_config is quantizer.quantization_config, f"{WHERE}hf_quantizer.py"
+
+
+def test_configuration_is_seen_before_the_model_is_built(monkeypatch, models):
+    class Seeing(Recording):
+        def update_attn_implementation(self, config):
+            raise RuntimeError(f"saw {config.hidden_size}")
+
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "d2quant", Seeing)
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", None)
+    with pytest.raises(RuntimeError, match="saw 32"):
+        AutoModelForCausalLM.from_pretrained(models / "student", quantization_config=D2QuantConfig(2, 8))
+
+
+def test_saving_asks_before_it_writes_the_configuration(recording, tmp_path):
+    quantizer, model = recording
+    quantizer.note = lambda hook, *arguments: setattr(model.config, "asked", hook)
+    model.save_pretrained(tmp_path)
+    asked = json.loads((tmp_path / "config.json").read_text())["asked"]
+    assert asked == "get_state_dict_and_metadata", f"order in `save_pretrained` {WHERE}hf_quantizer.py"
 
 
 def test_what_saving_calls(recording, tmp_path):
@@ -180,7 +200,7 @@ def test_what_saving_calls(recording, tmp_path):
         f"calls of `save_pretrained` {WHERE}hf_quantizer.py"
     )
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
-        assert file.metadata().get("recorded") == "yes", f"metadata of a checkpoint {WHERE}hf_quantizer.py (`_verify`)"
+        assert file.metadata().get("recorded") == "yes", f"metadata of a checkpoint {WHERE}integrity.py"
 
 
 def test_removing_the_configuration_makes_a_plain_model(recording):
@@ -210,14 +230,18 @@ def test_a_marked_module_is_not_initialized(tokenizer):
 def test_names_in_a_checkpoint(tokenizer):
     """Which tensors are written, and under which names."""
     from transformers.core_model_loading import revert_weight_conversion
+    from transformers.integrations.accelerate import load_offloaded_parameter
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+    assert list(inspect.signature(load_offloaded_parameter).parameters) == ["model", "param_name"], (
+        f"{WHERE}integrity.py"
+    )
     model = build_model(tokenizer, seed=1, tie_word_embeddings=True)
     tensors = remove_tied_weights_from_state_dict(model.state_dict(), model)
     assert "lm_head.weight" not in tensors, f"`remove_tied_weights_from_state_dict` {WHERE}hf_quantizer.py"
     written = revert_weight_conversion(model, dict(tensors))
     assert all(written[name] is tensor for name, tensor in tensors.items()), (
-        f"`revert_weight_conversion` copies what it does not convert: {WHERE}hf_quantizer.py (`_checksums`)"
+        f"`revert_weight_conversion` copies what it does not convert: {WHERE}integrity.py"
     )
 
 

@@ -45,7 +45,7 @@ OTHER = {
     "input_scale_modules": ["mlp.fc2"],
     "down_modules": ["mlp.down_proj"],
 }
-ONLY_VALUE = {"format_version": FORMAT_VERSION, "quant_method": "d2quant"}
+ONLY_VALUE = {"format_version": FORMAT_VERSION, "quant_method": "d2quant", "integrity": None}
 
 
 def defaults():
@@ -111,7 +111,7 @@ class TestErrors:
             ("num_samples", 0, "at least 1, got 0. GPTQ uses 128"),
             ("seq_length", 1, "at least 2, got 1. GPTQ uses 2048"),
             ("seed", -1, "at least 0, got -1. Use 0"),
-            ("format_version", 0, "from 1 to 1, got 0. Leave it out"),
+            ("format_version", 0, "2, got 0. Leave it out"),
             ("quant_method", "gptq", "'d2quant', got 'gptq'. Use the class of that method"),
         ],
     )
@@ -150,8 +150,8 @@ class TestErrors:
 
     def test_newer_checkpoint_asks_for_an_upgrade(self):
         """Also if it has keys that only the newer version knows."""
-        newer = D2QuantConfig().to_dict() | {"format_version": 2, "spline": "cubic"}
-        with pytest.raises(ValueError, match="`format_version` 2, written by a newer trl_gopd; .* up to 1. Upgrade"):
+        newer = D2QuantConfig().to_dict() | {"format_version": 3, "spline": "cubic"}
+        with pytest.raises(ValueError, match="`format_version` 3, written by a newer trl_gopd; .* reads 2. Upgrade"):
             D2QuantConfig.from_dict(newer)
 
 

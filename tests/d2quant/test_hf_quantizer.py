@@ -18,12 +18,14 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
@@ -34,12 +36,13 @@ from transformers import (
 
 import trl_gopd
 from tests.tiny import build_model
-from trl_gopd.d2quant import hf_quantizer, pipeline
+from trl_gopd.d2quant import integrity, pipeline
 from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.hf_quantizer import mark_quantized, save_quantized
 from trl_gopd.d2quant.linear import D2QuantLinear
 from trl_gopd.d2quant.quantize import quantize_model
 from trl_gopd.d2quant.rounding import round_weight
+from trl_gopd.digests import VOLATILE
 
 
 IDS = torch.arange(3, 40)[None]
@@ -125,6 +128,24 @@ def read(file):
         return {name: tensors.get_tensor(name) for name in tensors.keys()}, tensors.metadata()
 
 
+def edit_config(folder, edit):
+    config = json.loads((folder / "config.json").read_text())
+    edit(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def forge(folder, edit):
+    """Edits what a checkpoint states of itself along with its configuration, and computes the checksum anew."""
+
+    def edit_both(config):
+        settings = config["quantization_config"]
+        for entries in (config, settings["integrity"]["model_config"]):
+            edit(entries)
+        settings["integrity"]["checksum"] = integrity._checksum(settings)
+
+    edit_config(folder, edit_both)
+
+
 class TestReload:
     def test_every_tensor_comes_back(self, saved):
         model, folder = saved
@@ -140,7 +161,7 @@ class TestReload:
     def test_configuration_states_what_is_stored(self, saved):
         _, folder = saved
         stored = json.loads((folder / "config.json").read_text())["quantization_config"]
-        assert (stored["quant_method"], stored["format_version"]) == ("d2quant", 1)
+        assert (stored["quant_method"], stored["format_version"]) == ("d2quant", 2)
         assert stored["modules_to_not_convert"] == [KEPT]
         assert stored["bias_modules"] == ["mlp.gate_proj", "mlp.up_proj"]
         assert stored["input_scale_modules"] == [SCALED]
@@ -251,14 +272,14 @@ class TestReload:
         model, folder = saved
         AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
         assert_same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
-        assert read(tmp_path / FILE)[1] == read(folder / FILE)[1]
+        assert (tmp_path / FILE).read_bytes() == (folder / FILE).read_bytes()
         # and refers to no code, since none is saved along
         assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
 
-    def test_newer_format_asks_for_an_upgrade(self, folder):
-        path = folder / "config.json"
-        path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
-        with pytest.raises(ValueError, match="written by a newer trl_gopd.* Upgrade"):
+    @pytest.mark.parametrize(("version", "remedy"), [(3, "newer trl_gopd.* Upgrade"), (1, "Quantize the model")])
+    def test_other_formats_are_refused(self, folder, version, remedy):
+        edit_config(folder, lambda config: config["quantization_config"].update(format_version=version))
+        with pytest.raises(ValueError, match=f"is of `format_version` {version}.*{remedy}"):
             AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -423,17 +444,45 @@ class TestOnTheFly:
 
 
 class TestDamage:
-    def test_every_tensor_is_guarded(self, folder):
-        data = (folder / FILE).read_bytes()
+    def test_every_tensor_is_guarded(self, saved, folder):
+        model, data = saved[0], (folder / FILE).read_bytes()
+        stated = model.config.quantization_config.integrity
         start = 8 + int.from_bytes(data[:8], "little")
         header = json.loads(data[8:start])
         header.pop("__metadata__")
         assert len(header) == 50
+        integrity.check_tensors([str(folder / FILE)], stated, model)
         for name, entry in header.items():
             position = start + sum(entry["data_offsets"]) // 2
             (folder / FILE).write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
-            with pytest.raises(ValueError, match=f"`{name}` in .*{FILE} is not what was saved.* Copy or download"):
-                hf_quantizer._verify([str(folder / FILE)])
+            part = name[: len("model.layers.0")] if ".layers." in name else name
+            with pytest.raises(ValueError, match=f"`{part}` in {FILE} is not what was saved.* Copy or download"):
+                integrity.check_tensors([str(folder / FILE)], stated, model)
+
+    @pytest.mark.parametrize(
+        ("name", "dtypes"),
+        [
+            (f"{SCALED}.weight_scale", ("F16", "BF16")),
+            (f"{SCALED}.weight", ("I32", "F32")),
+            ("lm_head.weight", ("F32", "I32")),
+        ],
+    )
+    def test_dtypes_are_guarded(self, folder, name, dtypes):
+        tensors, metadata = read(folder / FILE)
+        kinds = {"F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32}
+        assert tensors[name].dtype == kinds[dtypes[0]]
+        tensors[name] = tensors[name].view(kinds[dtypes[1]])
+        save_file(tensors, folder / FILE, metadata)
+        with pytest.raises(ValueError, match="is not what was saved"):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+    def test_swapped_tensors(self, folder):
+        tensors, metadata = read(folder / FILE)
+        names = [f"model.layers.{index}.mlp.up_proj.weight" for index in range(2)]
+        tensors |= dict(zip(names, [tensors[name] for name in reversed(names)], strict=True))
+        save_file(tensors, folder / FILE, metadata)
+        with pytest.raises(ValueError, match="`model.layers.0` in model.safetensors is not what was saved"):
+            AutoModelForCausalLM.from_pretrained(folder)
 
     def test_flipped_bit_stops_loading(self, folder):
         data = bytearray((folder / FILE).read_bytes())
@@ -448,37 +497,63 @@ class TestDamage:
         with pytest.raises(ValueError, match=f"{FILE} cannot be read, it is cut short or damaged: .* Copy or"):
             AutoModelForCausalLM.from_pretrained(folder)
 
-    @pytest.mark.parametrize("missing", [f"{SCALED}.weight", "model.norm.weight"])
-    def test_missing_tensor(self, folder, missing):
+    @pytest.mark.parametrize(
+        ("missing", "complaint"),
+        [
+            (f"{SCALED}.weight", "`model.layers.1` in model.safetensors is not what was saved: .* incomplete"),
+            (f"{SCALED}.input_scale", "`model.layers.1` in model.safetensors is not what was saved: .* incomplete"),
+            ("model.norm.weight", "lacks `model.norm.weight`. Copy or"),
+        ],
+    )
+    def test_missing_tensor(self, folder, missing, complaint):
         tensors, metadata = read(folder / FILE)
         del tensors[missing]
         save_file(tensors, folder / FILE, metadata)
-        with pytest.raises(ValueError, match=f"lacks 1 tensors, such as `{missing}`. Copy or"):
+        with pytest.raises(ValueError, match=complaint):
             AutoModelForCausalLM.from_pretrained(folder)
 
-    @pytest.mark.parametrize("part", ["weight", "weight_scale", "input_scale"])
-    def test_missing_tensor_without_checksums(self, folder, part):
-        """Other programs write the file without our metadata."""
-        tensors, _ = read(folder / FILE)
-        del tensors[f"{SCALED}.{part}"]
-        save_file(tensors, folder / FILE, {"format": "pt"})
-        with pytest.raises(ValueError, match=f"The checkpoint has no `{SCALED}.{part}`"):
+    def test_tensor_that_was_not_saved(self, folder):
+        tensors, metadata = read(folder / FILE)
+        save_file({**tensors, "extra": torch.zeros(1)}, folder / FILE, metadata)
+        with pytest.raises(ValueError, match="`extra` in model.safetensors is not what was saved"):
             AutoModelForCausalLM.from_pretrained(folder)
 
     @pytest.mark.parametrize("part", ["weight", "weight_scale"])
     def test_wrong_shape(self, folder, part):
-        tensors, _ = read(folder / FILE)
+        tensors, metadata = read(folder / FILE)
         tensors[f"{SCALED}.{part}"] = tensors[f"{SCALED}.{part}"][..., :-1].contiguous()
-        save_file(tensors, folder / FILE, {"format": "pt"})
-        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-            AutoModelForCausalLM.from_pretrained(folder)
-        with pytest.raises(ValueError, match=f"no `{SCALED}.{part}`, or one of another shape"):
-            AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
+        save_file(tensors, folder / FILE, metadata)
+        for options in ({}, {"ignore_mismatched_sizes": True}):
+            with pytest.raises(ValueError, match="`model.layers.1` in model.safetensors is not what was saved"):
+                AutoModelForCausalLM.from_pretrained(folder, **options)
 
-    def test_checksums_are_not_required(self, saved, folder):
+    @pytest.mark.parametrize("part", ["weight", "weight_scale"])
+    def test_missing_tensor_that_the_caller_passes(self, saved, part):
+        """Tensors that come from no file are not compared with the checksums, and yet none is drawn at random."""
+        model, folder = saved
+        tensors = dict(model.state_dict())
+        config = AutoConfig.from_pretrained(folder)
+        loaded = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=dict(tensors))
+        assert_same(loaded, model)
+        del tensors[f"{SCALED}.{part}"]
+        with pytest.raises(ValueError, match=f"The checkpoint has no `{SCALED}.{part}`"):
+            LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors)
+
+    def test_file_that_another_program_wrote_with_the_same_tensors(self, saved, folder):
         tensors, _ = read(folder / FILE)
-        save_file(tensors, folder / FILE, {"format": "pt"})
+        save_file(tensors, folder / FILE, {"written": "elsewhere", "format": "pt"})
         assert_same(AutoModelForCausalLM.from_pretrained(folder), saved[0])
+
+    def test_shards_are_named(self, saved, tmp_path):
+        saved[0].save_pretrained(tmp_path, max_shard_size="20KB")
+        name = "model.layers.1.mlp.up_proj.weight"
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        file = index["weight_map"][name]
+        tensors, metadata = read(tmp_path / file)
+        tensors[name] = torch.zeros_like(tensors[name])
+        save_file(tensors, tmp_path / file, metadata)
+        with pytest.raises(ValueError, match=f"`model.layers.1` in .*{file}.* is not what was saved"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
 
     def test_missing_shard(self, saved, tmp_path):
         saved[0].save_pretrained(tmp_path, max_shard_size="20KB")
@@ -487,16 +562,156 @@ class TestDamage:
             AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def edited(value):
+    """Another value of the same kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value * 2 + 1
+    if isinstance(value, str):
+        return {"affine": "midrise", "float16": "bfloat16"}.get(value, value + "x")
+    if isinstance(value, list):
+        return value[:-1] or ["layers.1.mlp.up_proj"]
+    if isinstance(value, dict):
+        return {**value, next(iter(value), "a"): edited(next(iter(value.values()), 1))}
+    return 1
+
+
+class TestEditedConfiguration:
+    """Of the two dictionaries in `config.json`, no entry changes what is loaded without being noticed."""
+
+    def entries(self, folder):
+        config = json.loads((folder / "config.json").read_text())
+        return [(key,) for key in config] + [("quantization_config", key) for key in config["quantization_config"]]
+
+    def change(self, folder, path, function):
+        def edit(config):
+            *parents, last = path
+            for key in parents:
+                config = config[key]
+            function(config, last)
+
+        edit_config(folder, edit)
+
+    @pytest.mark.parametrize("how", ["edited", "removed"])
+    def test_every_entry(self, saved, folder, how):
+        before = (folder / "config.json").read_text()
+        loaded = []
+        for path in self.entries(folder):
+            if path in (("quantization_config",), ("quantization_config", "quant_method")):
+                continue  # then it is another method, or none: transformers refuses the packed words
+            if how == "edited":
+                self.change(folder, path, lambda config, key: config.update({key: edited(config[key])}))
+            else:
+                self.change(folder, path, lambda config, key: config.pop(key))
+            try:
+                model = AutoModelForCausalLM.from_pretrained(folder)
+            except Exception as error:
+                assert str(error), path
+            else:
+                loaded.append(path)
+                assert_same(model, saved[0])
+                assert torch.equal(logits(model), logits(saved[0])), path
+            (folder / "config.json").write_text(before)
+        if how == "edited":  # an entry with the default value may also be left out
+            assert {path for (path, *_) in loaded} <= {*VOLATILE, *integrity.FREE}, loaded
+
+    @pytest.mark.parametrize("key", ["transformers_version", "use_cache", "_name_or_path", "architectures"])
+    def test_what_changes_no_number_may_change(self, saved, folder, key):
+        edit_config(folder, lambda config: config.update({key: False if key == "use_cache" else ["x"]}))
+        if key == "transformers_version":
+            edit_config(folder, lambda config: config.update({key: "5.0.0"}))
+        assert_same(AutoModelForCausalLM.from_pretrained(folder), saved[0])
+
+    def test_entry_is_named_with_both_values(self, folder):
+        edit_config(folder, lambda config: config["rope_parameters"].update(rope_theta=500.0))
+        with pytest.raises(ValueError, match="`rope_parameters.rope_theta` is 500.0 and was 10000.0. Restore"):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+    def test_argument_of_the_caller_is_named(self, saved):
+        options = {
+            "attn_implementation": "eager",
+            "use_cache": False,
+            "output_hidden_states": True,
+            "dtype": "float32",
+        }
+        AutoModelForCausalLM.from_pretrained(saved[1], **options)
+        with pytest.raises(ValueError, match="`rms_norm_eps` is 0.1 and was 1e-06. .* do not pass it to `from_pretr"):
+            AutoModelForCausalLM.from_pretrained(saved[1], rms_norm_eps=0.1)
+
+    def test_head_of_another_kind(self, saved):
+        model = AutoModelForSequenceClassification.from_pretrained(saved[1], num_labels=3)
+        assert_same(model.model, saved[0].model)
+
+    @pytest.mark.parametrize("removed", ["integrity", "checksum"])
+    def test_checksums_are_required(self, folder, removed):
+        def remove(config):
+            settings = config["quantization_config"]
+            (settings if removed == "integrity" else settings["integrity"]).pop(removed)
+
+        edit_config(folder, remove)
+        with pytest.raises(ValueError, match="no `integrity`.* Save the|checksum is missing or differs. Copy or"):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+    @pytest.mark.parametrize(
+        ("entry", "value", "complaint"),
+        [
+            ("num_hidden_layers", 100_000, "`num_hidden_layers` is 100000 and was 2"),
+            ("hidden_size", 10**9, "`hidden_size` is 1000000000 and was 32"),
+            ("vocab_size", 10**10, "`vocab_size` is 10000000000 and was 259"),
+        ],
+    )
+    def test_size_is_refused_before_the_model_is_built(self, folder, monkeypatch, entry, value, complaint):
+        monkeypatch.setattr(LlamaForCausalLM, "__init__", None)
+        edit_config(folder, lambda config: config.update({entry: value}))
+        with pytest.raises(ValueError, match=complaint):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+    def test_forged_number_of_blocks_is_refused_before_the_model_is_built(self, folder, monkeypatch):
+        monkeypatch.setattr(LlamaForCausalLM, "__init__", None)
+        forge(folder, lambda entries: entries.update(num_hidden_layers=100_000))
+        with pytest.raises(ValueError, match="describes 100000 blocks, and the checkpoint has"):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+    @pytest.mark.parametrize("entry", ["vocab_size", "intermediate_size"])
+    def test_forged_size_is_refused_before_anything_is_allocated(self, folder, entry):
+        forge(folder, lambda entries: entries.update({entry: 10**9}))
+        with pytest.raises(ValueError, match=r"a model of \d{11,} numbers, the files hold \d{5}\. Copy or"):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+
 class TestSaveQuantized:
     def test_full_disk_leaves_nothing(self, saved, tmp_path, monkeypatch):
         def write_half(tensors, filename, metadata):
             Path(filename).write_bytes(b"half")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
         monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", write_half)
-        with pytest.raises(OSError, match="No space left on device"):
+        with pytest.raises(OSError, match="No space left on device.*model") as caught:
             save_quantized(saved[0], tmp_path / "model")
+        assert caught.value.errno == errno.ENOSPC
         assert list(tmp_path.iterdir()) == []
+
+    def test_equal_models_give_equal_files(self, saved, tokenizer, tmp_path):
+        for number in range(4):  # of two entries in the metadata of a file, the order would be drawn each time
+            save_quantized(saved[0], tmp_path / str(number), tokenizer=tokenizer)
+        files = [{path.name: path.read_bytes() for path in sorted(folder.iterdir())} for folder in tmp_path.iterdir()]
+        assert files[0][FILE] and files == 4 * [files[0]]
+
+    @pytest.mark.parametrize("name", ["lm_head.weight", f"{SCALED}.weight_scale"])
+    def test_number_that_is_not_finite(self, saved, tmp_path, name):
+        model = copy.deepcopy(saved[0])
+        model.get_parameter(name).data.view(-1)[3] = float("nan")
+        with pytest.raises(ValueError, match=f"`{name}` holds NaN or infinity.* It is not saved"):
+            save_quantized(model, tmp_path / "model")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_files_that_are_not_saved_have_no_checksum(self, saved, tmp_path):
+        model = copy.deepcopy(saved[0])
+        model._keys_to_ignore_on_save = {"model.norm.weight"}
+        model.save_pretrained(tmp_path)
+        assert "model.norm.weight" not in read(tmp_path / FILE)[0]
+        assert "model.norm.weight" not in model.config.quantization_config.integrity["tensors"]
 
     @pytest.mark.parametrize("mine", ["model", "model/notes"])
     def test_what_is_there_is_kept(self, saved, tmp_path, mine):

@@ -3,15 +3,17 @@ Laws of the block loop:
 
 - its streams are the model's own: what it hands from block to block is what the packed model computes;
 - a column scale that is absorbed, and a mean shift that is folded into biases, compute what they would if explicit;
-- an interrupted run, taken up again after any block, ends in the same bytes;
-- what cannot be quantized is refused before a weight changes.
+- an interrupted run, taken up again after any block, ends in the same bytes, also if files of it were damaged since;
+- what cannot be quantized is refused before a weight changes, and a number that is not finite before it is stored.
 """
 
 import copy
 import gc
 import json
+import shutil
 import weakref
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +21,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaModel, OPTConfig, OPTForCausalLM
 
+import trl_gopd
 from tests.tiny import build_model
-from trl_gopd.d2quant import pipeline, report, stages
+from trl_gopd.d2quant import pipeline, report, stages, tuning, workdir
 from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.linear import D2QuantLinear
 from trl_gopd.d2quant.quantize import quantize_model
@@ -68,6 +71,13 @@ def mlp_input(model, index):
     return inputs[0]
 
 
+def assert_same(model, other):
+    """Names and bits of all tensors."""
+    expected = other.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
 def packed(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, D2QuantLinear)}
 
@@ -87,7 +97,7 @@ class TestQuantizeModel:
     def test_streams_are_those_of_the_models(self, model, tmp_path, settings):
         before = logits(model)
         quantize_model(model, None, config(work_dir=str(tmp_path), **settings))
-        streams = load_file(tmp_path / "streams.safetensors")
+        streams = load_file(next(tmp_path.glob("*/streams.safetensors")))
 
         def read_out(hidden):
             with torch.no_grad():
@@ -280,20 +290,25 @@ class TestResume:
         resumed = build_model(tokenizer, seed=1)
         report = quantize_model(resumed, None, settings)
         assert calls == ["model.layers.0", "model.layers.1"]
-        expected = model.state_dict()
-        assert resumed.state_dict().keys() == expected.keys()
-        assert all(torch.equal(value, expected[name]) for name, value in resumed.state_dict().items())
+        assert_same(resumed, model)
         assert [(e.name, e.error) for e in report.linears] == [(e.name, e.error) for e in whole.linears]
         assert report.shift_explained == whole.shift_explained
 
-    @pytest.mark.parametrize("change", ["weights", "tokens", "settings"])
-    def test_other_run_is_refused(self, model, tokenizer, tmp_path, change):
+    @pytest.mark.parametrize("change", ["weights", "tokens", "settings", "model", "version"])
+    def test_other_runs_share_the_folder(self, model, tokenizer, tmp_path, monkeypatch, change):
         quantize_model(model, None, config(work_dir=str(tmp_path)))
-        again = build_model(tokenizer, seed=2 if change == "weights" else 1)
+        if change == "version":
+            monkeypatch.setattr(trl_gopd, "__version__", "0")
         other = {"seed": 1} if change == "tokens" else {"alpha": 0.5} if change == "settings" else {}
-        with pytest.raises(ValueError, match=r"belongs to a run with other weights.*Delete"):
-            quantize_model(again, None, config(work_dir=str(tmp_path), **other))
-        assert not packed(again)
+        results = []
+        for work_dir in (str(tmp_path), None):
+            again = build_model(tokenizer, seed=2 if change == "weights" else 1)
+            if change == "model":
+                again.config.rope_parameters["rope_theta"] = 100.0
+            quantize_model(again, None, config(work_dir=work_dir, **other))
+            results.append(again)
+        assert_same(*results)
+        assert len(list(tmp_path.iterdir())) == 2
 
     def test_tuning_may_be_changed(self, model, tokenizer, tmp_path, monkeypatch):
         quantize_model(model, None, config(work_dir=str(tmp_path)))
@@ -301,12 +316,127 @@ class TestResume:
         report = quantize_model(build_model(tokenizer, seed=1), None, config(work_dir=str(tmp_path), tune_epochs=1))
         assert len(report.tuning_kl) == 1
 
-    def test_torn_file_is_named(self, model, tokenizer, tmp_path):
-        quantize_model(model, None, config(work_dir=str(tmp_path)))
-        file = tmp_path / "block-0001.safetensors"
-        file.write_bytes(file.read_bytes()[:-100])
-        with pytest.raises(ValueError, match=r"block-0001.safetensors, which cannot be read.*Delete"):
-            quantize_model(build_model(tokenizer, seed=1), None, config(work_dir=str(tmp_path)))
+    def test_weights_elsewhere_are_refused(self, model, tmp_path, monkeypatch):
+        monkeypatch.setattr(workdir, "parameters_digest", lambda tensors: None)
+        with pytest.raises(ValueError, match="needs all weights in this process.* Leave it out"):
+            quantize_model(model, None, config(work_dir=str(tmp_path)))
+
+
+def harm(path, damage):
+    data = path.read_bytes()
+    if damage == "delete":
+        path.unlink()
+    elif damage == "flip":  # the last number
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif damage == "header":  # the layout, which says how to build the block, or the number of blocks
+        path.write_bytes(data.replace(b"affine", b"midris").replace(b"done", b"dona"))
+    elif damage == "zeros":
+        path.write_bytes(data[: -len(data) // 3] + bytes(len(data) // 3))
+    else:
+        path.write_bytes(data[: {"cut": -1, "empty": 0}[damage]])
+
+
+@pytest.fixture(scope="module")
+def finished(tokenizer, tmp_path_factory):
+    """A run of three blocks that has ended, and its folder. Not to be changed."""
+    folder = tmp_path_factory.mktemp("work")
+    model = build_model(tokenizer, seed=1, num_hidden_layers=3)
+    report = quantize_model(model, None, config(work_dir=str(folder), **TestResume.SETTINGS))
+    return model, report, folder
+
+
+class TestDamagedWorkFolder:
+    @pytest.fixture
+    def run(self, finished, tmp_path):
+        """A copy of the run's folder, to be damaged."""
+        (source,) = finished[2].iterdir()
+        return Path(shutil.copytree(source, tmp_path / "work" / source.name))
+
+    @pytest.fixture
+    def resume(self, finished, run, tokenizer, monkeypatch):
+        """A function that resumes from the copy, and returns the numbers of the blocks that it quantized again."""
+        model, report, _ = finished
+        quantize = pipeline.quantize_block
+        numbers = []
+
+        def counted(block, *arguments):
+            numbers.append(int(block.name.rpartition(".")[2]) + 1)
+            return quantize(block, *arguments)
+
+        def resume():
+            monkeypatch.setattr(pipeline, "quantize_block", counted)
+            again = build_model(tokenizer, seed=1, num_hidden_layers=3)
+            second = quantize_model(again, None, config(work_dir=str(run.parent), **TestResume.SETTINGS))
+            assert_same(again, model)
+            assert [(e.name, e.error) for e in second.linears] == [(e.name, e.error) for e in report.linears]
+            assert second.shift_explained == report.shift_explained
+            return numbers
+
+        return resume
+
+    @pytest.mark.parametrize(
+        ("damage", "number"),
+        [("flip", 1), ("flip", 2), ("flip", 3), ("header", 2), ("zeros", 2), ("cut", 2), ("empty", 2), ("delete", 2)],
+    )
+    def test_block_is_quantized_again(self, run, resume, caplog, damage, number):
+        before = {path.name: path.read_bytes() for path in run.glob("block-*")}
+        harm(run / f"block-{number:04d}.safetensors", damage)
+        assert resume() == list(range(number, 4))
+        assert f"block-{number:04d}.safetensors" in caplog.text
+        assert caplog.text.count("those after it are quantized again") == 1
+        assert {path.name for path in run.glob("block-*")} == before.keys()
+
+    def test_last_block_was_not_written(self, run, resume, caplog):
+        """The run was killed before; or the file is lost, which nobody can tell."""
+        (run / "block-0003.safetensors").unlink()
+        assert resume() == [3]
+
+    @pytest.mark.parametrize("other", ["block-0002.safetensors", "streams.safetensors"])
+    def test_file_copied_over_a_block(self, run, resume, caplog, other):
+        shutil.copy(run / other, run / "block-0001.safetensors")
+        assert resume() == [1, 2, 3]
+        assert "block-0001.safetensors, which is not what this run wrote there" in caplog.text
+
+    def test_swapped_blocks(self, run, resume):
+        (run / "block-0002.safetensors").rename(run / "aside")
+        (run / "block-0003.safetensors").rename(run / "block-0002.safetensors")
+        (run / "aside").rename(run / "block-0003.safetensors")
+        assert resume() == [2, 3]
+
+    @pytest.mark.parametrize("name", ["block-0002.safetensors", "streams.safetensors"])
+    def test_file_of_another_run(self, run, resume, tokenizer, tmp_path, name):
+        other = config(work_dir=str(tmp_path / "other"), alpha=0.5, **TestResume.SETTINGS)
+        pipeline.quantize_blocks(build_model(tokenizer, seed=1, num_hidden_layers=3), None, other)
+        shutil.copy(next((tmp_path / "other").glob(f"*/{name}")), run / name)
+        assert resume() == ([] if name.startswith("streams") else [2, 3])
+
+    @pytest.mark.parametrize("damage", ["flip", "header", "zeros", "cut", "empty", "delete"])
+    def test_streams_are_computed_again(self, run, resume, caplog, damage):
+        before = (run / "streams.safetensors").read_bytes()
+        harm(run / "streams.safetensors", damage)
+        assert resume() == []
+        assert "streams.safetensors" in caplog.text
+        assert "Finished blocks are run again over the calibration tokens, up to number 3" in caplog.text
+        # and written again, tensors for tensors; the order of entries in the header is safetensors' own
+        assert (run / "streams.safetensors").read_bytes()[-1000:] == before[-1000:]
+
+    def test_streams_of_an_earlier_block(self, finished, run, resume, tokenizer, tmp_path, monkeypatch):
+        """Killed between the two files of a block, or another process of the same run is behind."""
+        write = workdir.WorkDir._write
+
+        def killed(self, name, tensors, **facts):
+            write(self, name, tensors, **facts)
+            if facts.get("done") == 1:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(workdir.WorkDir, "_write", killed)
+            early = config(work_dir=str(tmp_path / "early"), **TestResume.SETTINGS)
+            with pytest.raises(KeyboardInterrupt):
+                quantize_model(build_model(tokenizer, seed=1, num_hidden_layers=3), None, early)
+        shutil.copy(next((tmp_path / "early").glob("*/streams.safetensors")), run)
+        (run / "block-0003.safetensors").unlink()
+        assert resume() == [3]
 
 
 class TestBadInput:
@@ -337,15 +467,91 @@ class TestBadInput:
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_weight_that_is_not_finite(self, model, value):
-        model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
-        with pytest.raises(ValueError, match=r"`model.layers.1.mlp.up_proj` holds NaN or infinity"):
+        name = "model.layers.1.mlp.up_proj.weight"
+        model.get_parameter(name).data[3, 5] = value
+        with pytest.raises(ValueError, match=f"`{name}` holds NaN or infinity.* Is the checkpoint whole"):
             quantize_model(model, None, config())
         assert not packed(model)
 
-    def test_activation_that_is_not_finite(self, model):
-        model.model.layers[1].input_layernorm.weight.data[0] = float("nan")
-        with pytest.raises(ValueError, match=r"inputs of `model.layers.1.self_attn.q_proj` are not finite"):
+    @pytest.mark.parametrize(
+        "name",
+        ["model.embed_tokens.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight"],
+    )
+    def test_number_outside_of_the_linears_that_is_not_finite(self, model, name):
+        model.get_parameter(name).data.view(-1)[7] = float("nan")
+        with pytest.raises(ValueError, match=f"`{name}` holds NaN or infinity"):
             quantize_model(model, None, config())
+        assert not packed(model)
+
+    def test_rotated_weight_that_is_not_finite(self, model):
+        model.model.norm.weight.data.fill_(1e20)
+        model.lm_head.weight.data.fill_(1e20)
+        with pytest.raises(ValueError, match="`lm_head.weight` holds NaN or infinity"):
+            quantize_model(model, None, config(rotation="full"))
+        assert not packed(model)
+
+    def test_inputs_whose_squares_are_not_finite(self, model, tmp_path):
+        """Hidden states are, since a norm follows."""
+        model.model.layers[1].mlp.up_proj.weight.data *= 1e20
+        with pytest.raises(ValueError, match="inputs of `model.layers.1.mlp.down_proj` are not finite.*bfloat16"):
+            quantize_model(model, None, config(scale_dtype="bfloat16", work_dir=str(tmp_path)))
+        assert [path.name for path in tmp_path.glob("*/block-*")] == ["block-0001.safetensors"]
+
+    @pytest.mark.parametrize("rounding", ["rtn", "gptaq"])
+    def test_hidden_states_that_are_not_finite(self, model, tmp_path, rounding):
+        model.model.layers[1].mlp.up_proj.weight.data *= 1e20
+        model.model.layers[1].mlp.down_proj.weight.data *= 1e20
+        with pytest.raises(ValueError, match="hidden states behind `model.layers.1` in full precision are not finite"):
+            settings = {"rounding": rounding, "scale_dtype": "bfloat16", "work_dir": str(tmp_path)}
+            quantize_model(model, None, config(**settings))
+        assert [path.name for path in tmp_path.glob("*/block-*")] == ["block-0001.safetensors"]
+
+    def test_embedding_that_overflows(self, model):
+        model.model.embed_tokens.register_forward_hook(lambda module, args, output: output * 3e38)
+        model.model.embed_tokens.weight.data.clamp_(min=2)
+        with pytest.raises(ValueError, match="hidden states before the first block are not finite.* window 0"):
+            quantize_model(model, None, config())
+        assert not packed(model)
+
+    @pytest.mark.parametrize("rotation", [None, "full"])
+    def test_quantized_block_that_is_not_finite(self, model, monkeypatch, tmp_path, rotation):
+        pack = stages.pack_linear
+
+        def broken(*arguments, **options):
+            module = pack(*arguments, **options)
+            module.weight_scale.data[0, 0] = float("inf")
+            return module
+
+        monkeypatch.setattr(stages, "pack_linear", broken)
+        with pytest.raises(ValueError, match="`model.layers.0.self_attn.q_proj.weight_scale` holds NaN or infinity"):
+            quantize_model(model, None, config(work_dir=str(tmp_path), rotation=rotation))
+        assert not list(tmp_path.glob("*/*"))
+
+    @pytest.mark.parametrize("factor", [1e-12, 1e12])
+    def test_scales_that_vanish_or_overflow(self, model, factor):
+        model.model.layers[1].mlp.up_proj.weight.data *= factor
+        with pytest.raises(ValueError, match="got 'float16' and `model.layers.1.mlp.up_proj` with weights up to"):
+            quantize_model(model, None, config())
+        assert not packed(model)
+        quantize_model(model, None, config(scale_dtype="bfloat16"))
+        error = model.model.layers[1].mlp.up_proj.dequantize() / factor
+        assert error.abs().max() > 0.01
+
+    def test_weight_of_zeros(self, model):
+        model.model.layers[1].mlp.up_proj.weight.data.zero_()
+        quantize_model(model, None, config())
+        assert not model.model.layers[1].mlp.up_proj.dequantize().any()
+
+    def test_loss_of_the_tuning_that_is_not_finite(self, model, monkeypatch):
+        monkeypatch.setattr(tuning, "_backward", lambda *arguments: float("nan"))
+        with pytest.raises(ValueError, match="tuning's loss is nan for .* step 1 of 6. Lower"):
+            quantize_model(model, None, config(tune_epochs=1))
+        assert not getattr(model, "is_quantized", False)
+
+    def test_scale_that_the_tuning_makes_infinite(self, model):
+        with pytest.raises(ValueError, match="(weight_scale|bias)` holds NaN or infinity.* Lower `tune_learn"):
+            quantize_model(model, None, config(tune_epochs=1, num_samples=1, tune_learning_rate=1e9))
+        assert not getattr(model, "is_quantized", False)
 
     def test_id_that_the_model_has_not(self, model):
         with pytest.raises(ValueError, match=r"from 0 to 258.*got 300"):

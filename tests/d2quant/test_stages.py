@@ -485,7 +485,22 @@ class TestQuantizeBlock:
     def test_inputs_that_are_not_finite_are_named(self, quantize, generator, value):
         block = toy(generator)
         block.module.k.bias.data[2] = value
-        with pytest.raises(ValueError, match=r"inputs of `layers.1.o` are not finite.*Load it in bfloat16 or float32"):
+        with pytest.raises(
+            ValueError, match=r"behind `layers.1` in full precision are not finite.*Load it in bfloat16"
+        ):
+            quantize(block)
+        assert not any(isinstance(module, D2QuantLinear) for module in block.module.modules())
+
+    @pytest.mark.parametrize("broken", [0, 1])
+    def test_statistics_that_are_not_finite_are_named(self, quantize, generator, monkeypatch, broken):
+        def statistics(*arguments):
+            matrices = stage_statistics(*arguments)
+            matrices[broken][1, 0] = float("inf")
+            return matrices
+
+        monkeypatch.setattr(stages, "stage_statistics", statistics)
+        block = toy(generator)
+        with pytest.raises(ValueError, match=r"inputs of `layers.1.q` are not finite.*Load it in bfloat16 or float32"):
             quantize(block)
         assert not any(isinstance(module, D2QuantLinear) for module in block.module.modules())
 

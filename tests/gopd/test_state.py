@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from trl_gopd.digests import config_digest, parameters_digest
 from trl_gopd.files import checksum
 from trl_gopd.gopd.checkpoints import (
     LARGEST,
@@ -28,8 +29,8 @@ from trl_gopd.gopd.checkpoints import (
     whole_checkpoint,
     write_manifest,
 )
-from trl_gopd.gopd.frozen.cached import LogprobCache
-from trl_gopd.gopd.frozen.identity import config_digest, is_same_identity, parameters_digest, weights_digest
+from trl_gopd.gopd.frozen.cache_file import LogprobCache
+from trl_gopd.gopd.frozen.identity import is_same_identity, weights_digest
 from trl_gopd.gopd.schedules import LambdaSchedule
 from trl_gopd.gopd.state import read_state, write_state
 
@@ -99,10 +100,10 @@ class TestWeights:
         assert parameters_digest(other) != parameters_digest({"w": torch.zeros(2, 3)})
 
     def test_strides_and_chunks_do_not(self, monkeypatch):
-        monkeypatch.setattr("trl_gopd.gopd.frozen.identity.CHUNK", 5)
+        monkeypatch.setattr("trl_gopd.digests.CHUNK", 5)
         weight = torch.arange(21.0).view(3, 7)
         want = parameters_digest({"w": weight})
-        monkeypatch.setattr("trl_gopd.gopd.frozen.identity.CHUNK", 100)
+        monkeypatch.setattr("trl_gopd.digests.CHUNK", 100)
         assert parameters_digest({"w": weight.T.contiguous().T}) == want
 
     def test_what_is_elsewhere_has_none(self):
@@ -116,7 +117,7 @@ class TestWeights:
             def __tensor_flatten__(self):
                 return ["codes"], None
 
-        from trl_gopd.gopd.frozen.identity import _add
+        from trl_gopd.digests import add_tensor
 
         class Digest(list):
             update = list.append
@@ -124,7 +125,7 @@ class TestWeights:
         seen = []
         for codes in (torch.tensor([1, 2]), torch.tensor([1, 3])):
             digest = Digest()
-            assert _add(digest, "w", Quantized(codes))
+            assert add_tensor(digest, "w", Quantized(codes))
             seen.append([bytes(part) for part in digest])
         assert seen[0] != seen[1]
 

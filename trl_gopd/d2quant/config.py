@@ -9,12 +9,14 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .grids import GRIDS, Grid
+from .integrity import check_settings
 from .packing import BITS
 
 
 QUANT_METHOD = "d2quant"
-# Version of the checkpoint format, configuration included. A newer version is refused when loading.
-FORMAT_VERSION = 1
+# Version of the checkpoint format, configuration included. Others are refused when loading: a newer one is not known,
+# and what version 1 stated of itself left the configuration out.
+FORMAT_VERSION = 2
 ROUNDINGS = ("rtn", "gptq", "gptaq")
 ROTATIONS = (None, "full", "group")
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -107,12 +109,15 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         seed (`int`, *optional*, defaults to `0`):
             Seed of the choice of windows, of the rotation, and of the order of windows in the tuning.
         work_dir (`str`, *optional*):
-            Folder in which finished blocks are kept, so that an interrupted run can be resumed. Not stored.
+            Folder in which finished blocks are kept, so that an interrupted run can be resumed. Each run has a folder
+            of its own in it, named after a checksum of the weights, the calibration tokens and the settings: runs may
+            share `work_dir`, also at the same time, and none takes up the blocks of another. Blocks that are damaged
+            are quantized again, with a warning. Nothing is removed at the end. Not stored.
 
     > Parameters that a checkpoint states about itself, not to be passed
 
     Args:
-        format_version (`int`, *optional*, defaults to `1`):
+        format_version (`int`, *optional*, defaults to `2`):
             Version of the checkpoint's format.
         bias_modules (`list[str]`, *optional*):
             Linears with a bias, by the end of their names.
@@ -120,10 +125,12 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             Linears that scale their input, by the end of their names.
         down_modules (`list[str]`, *optional*):
             Linears with the codebook `down_grid`, by the end of their names.
+        integrity (`dict`, *optional*):
+            Checksums, and what `config.json` said of the model when it was saved.
 
     Raises:
         `TypeError`: if a value has the wrong type.
-        `ValueError`: if a value is out of range, or the checkpoint is of a newer version.
+        `ValueError`: if a value is out of range, or the checkpoint is of another version.
 
     Example:
 
@@ -169,6 +176,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         bias_modules: list[str] | None = None,
         input_scale_modules: list[str] | None = None,
         down_modules: list[str] | None = None,
+        integrity: dict[str, Any] | None = None,
         quant_method: str = QUANT_METHOD,
     ):
         self.quant_method = quant_method
@@ -203,6 +211,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.bias_modules = bias_modules
         self.input_scale_modules = input_scale_modules
         self.down_modules = down_modules
+        self.integrity = integrity
         self.post_init()
 
     @classmethod
@@ -253,11 +262,13 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         Configuration from what [`to_dict`] returned, or from a part of it.
 
         Raises:
-            `ValueError`: if it is of a newer version, or a value is out of range.
+            `ValueError`: if it is of another version, it has checksums that do not match, or a value is out of range.
             `TypeError`: if it has a key that is no field, or a value of the wrong type.
         """
         # Checked first: with a newer format, any other error would be misleading.
         _check_version(config_dict.get("format_version", FORMAT_VERSION))
+        if config_dict.get("integrity") is not None:
+            check_settings(config_dict)
         fields = vars(cls())
         unknown = [name for name in config_dict if name not in fields]
         if unknown:
@@ -374,11 +385,16 @@ def is_listed(name: str, listed: Iterable[str] | None) -> bool:
 
 def _check_version(version: Any) -> None:
     if type(version) is not int or version < 1:
-        raise ValueError(f"`format_version` must be from 1 to {FORMAT_VERSION}, got {version!r}. Leave it out.")
+        raise ValueError(f"`format_version` must be {FORMAT_VERSION}, got {version!r}. Leave it out.")
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"The checkpoint is of `format_version` {version}, written by a newer trl_gopd; this one reads up to "
+            f"The checkpoint is of `format_version` {version}, written by a newer trl_gopd; this one reads "
             f"{FORMAT_VERSION}. Upgrade: `pip install -U trl-gopd`."
+        )
+    if version < FORMAT_VERSION:
+        raise ValueError(
+            f"The checkpoint is of `format_version` {version}, whose checksums leave its configuration out; this "
+            f"trl_gopd reads {FORMAT_VERSION}. Quantize the model again."
         )
 
 

@@ -5,39 +5,38 @@ A checkpoint in full precision is loaded as it is and then quantized as a whole,
 runs. A quantized one gets packed linears in place of its dense ones while the model is still on the meta device; their
 tensors are then loaded like any others, by name, shape and dtype.
 
-A checkpoint contains the CRC-32 of each of its tensors. Damaged or missing tensors are detected before loading.
+A checkpoint states what its configuration and its tensors were when it was saved, see `integrity`: what is damaged,
+missing or altered is refused, before the model is built where the configuration tells.
 """
 
 import copy
 import json
 import os
 import re
-import shutil
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
+from trl_gopd.files import written_whole
+
 from .config import QUANT_METHOD, RUNTIME_FIELDS, D2QuantConfig, is_listed
 from .convert import empty_packed
+from .integrity import REMEDY, check_model_config, check_tensors, statement
 from .linear import D2QuantLinear
 
 
 # Modules that need model classes are imported where they are used: this file is imported while transformers itself is
 # being imported, when it has no model classes yet.
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# In the metadata of safetensors files: JSON, the CRC-32 of each tensor by its name.
-CHECKSUMS = "d2quant_crc32"
 MODELING_MODULE = "modeling_d2quant"
 MODELING_CODE = '''"""
 Lets `trust_remote_code=True` load this checkpoint: importing trl_gopd is what makes its quantization known.
@@ -46,7 +45,6 @@ Lets `trust_remote_code=True` load this checkpoint: importing trl_gopd is what m
 import transformers
 import trl_gopd  # noqa: F401
 '''
-REMEDY = "Copy or download the checkpoint again, or quantize the model again."
 
 logger = logging.get_logger(__name__)
 
@@ -68,8 +66,9 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._inserted: list[str] = []
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuses to quantize a model of which some weights are offloaded."""
+        """Refuses to quantize a model of which some weights are offloaded, and a checkpoint without checksums."""
         if self.pre_quantized:
+            self._integrity()
             return
         places = {str(place) for place in (device_map.values() if isinstance(device_map, dict) else [device_map])}
         elsewhere = places & {"disk", "meta"} or (places & {"cpu"} if len(places) > 1 else set())
@@ -79,12 +78,19 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{' and '.join(sorted(elsewhere))} for some. Use one device, such as 'cpu', or enough of them."
             )
 
+    def update_attn_implementation(self, config: "PreTrainedConfig") -> "PreTrainedConfig":
+        """Refuses an altered configuration. It is the one hook that sees it before the model is built."""
+        if self.pre_quantized:
+            check_model_config(config, self._integrity())
+        return config
+
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if self.pre_quantized:
-            _verify(checkpoint_files or ())
             self._inserted = _insert_packed(model, self.quantization_config)
+            if checkpoint_files is not None:  # otherwise the caller passes tensors of its own
+                check_tensors(checkpoint_files, self._integrity(), model)
         else:
             _check_widths(model, self.quantization_config)
             self._tokenizer = _load_tokenizer(model, self.quantization_config)
@@ -108,6 +114,15 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         references = getattr(model.config, "auto_map", None) or {}
         if any(MODELING_MODULE in reference for reference in references.values()) and not model.is_remote_code():
             del model.config.auto_map
+
+    def _integrity(self) -> dict[str, Any]:
+        """What the checkpoint states of itself; a `ValueError` if it states nothing."""
+        if self.quantization_config.integrity is None:
+            raise ValueError(
+                "The `quantization_config` in config.json has no `integrity`, the checksums of what was saved. Save "
+                f"the model with `save_quantized` or `save_pretrained`. {REMEDY}"
+            )
+        return self.quantization_config.integrity
 
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None) -> "PreTrainedModel":
         # `dtype` is a string if it comes from the configuration of a saved model.
@@ -137,10 +152,14 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[None, dict[str, str]]:
-        """Metadata for [`~transformers.PreTrainedModel.save_pretrained`], which builds the state dict itself."""
-        if getattr(model, "_hf_peft_config_loaded", False):
-            return None, {}  # only the adapter is saved
-        return None, {CHECKSUMS: json.dumps(_checksums(model))}
+        """
+        Called by [`~transformers.PreTrainedModel.save_pretrained`], which builds the state dict itself, before it
+        writes `config.json`: the checksums go there. Metadata in the files would be in another order each time.
+        """
+        if not getattr(model, "_hf_peft_config_loaded", False):  # otherwise only the adapter is saved
+            model.config.quantization_config = self.quantization_config
+            self.quantization_config.integrity = statement(model, self.quantization_config.to_dict())
+        return None, {}
 
     def is_serializable(self) -> bool:
         """Whether the model can be saved. In transformers this is a method, while the next two are properties."""
@@ -190,7 +209,8 @@ def save_quantized(
 ) -> None:
     """
     Saves a quantized model, either completely or not at all, together with the code that `trust_remote_code=True`
-    runs to load it.
+    runs to load it. `model.save_pretrained` writes file by file: killed in the middle, it leaves a folder that is
+    refused when it is loaded. Saving equal models gives files that are equal byte for byte.
 
     A process that has not imported `trl_gopd` refuses to load the checkpoint. With `trust_remote_code=True` it loads
     the checkpoint, or asks for `trl_gopd` to be installed.
@@ -202,9 +222,9 @@ def save_quantized(
 
     Raises:
         `TypeError`: if `model` is not a [`~transformers.PreTrainedModel`].
-        `ValueError`: if it is not quantized.
+        `ValueError`: if it is not quantized, or one of its numbers is not finite.
         `FileExistsError`: if `path` is a file, or a folder that is not empty.
-        `OSError`: if the disk is full. Nothing is left there then.
+        `OSError`: if it cannot be written, for example because the disk is full. Nothing is left there then.
     """
     if not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(
@@ -218,20 +238,13 @@ def save_quantized(
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"`path` must be a new or empty folder, got {path}. Name another one, or remove it.")
-    part = path.with_name(f".{path.name}-{os.getpid()}.part")
-    part.mkdir(parents=True)
-    try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as part:
         model.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         if not model.is_remote_code():  # otherwise `save_pretrained` has copied the code
             _add_modeling_code(model, part)
-        if path.exists():
-            path.rmdir()  # on Windows, a folder cannot be renamed to an existing one
-        part.rename(path)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def _add_modeling_code(model: "PreTrainedModel", folder: Path) -> None:
@@ -343,41 +356,6 @@ def _load_tokenizer(model: "PreTrainedModel", config: D2QuantConfig) -> Any:
             "Calibration on text needs a tokenizer, and none could be loaded from "
             f"{tokenizer or model.name_or_path!r}. Pass `D2QuantConfig(tokenizer=...)`, or token ids as `dataset`."
         ) from error
-
-
-def _checksums(model: "PreTrainedModel") -> dict[str, int]:
-    """CRC-32 of all tensors that a checkpoint will contain under the names that they have in the model."""
-    from transformers.core_model_loading import revert_weight_conversion
-    from transformers.modeling_utils import remove_tied_weights_from_state_dict
-
-    tensors = remove_tied_weights_from_state_dict(model.state_dict(), model)
-    written = revert_weight_conversion(model, tensors)
-    # Left out are tensors that are renamed or reshaped when saving, and tensors that are offloaded to disk.
-    same = {name: tensor for name, tensor in tensors.items() if written.get(name) is tensor and not tensor.is_meta}
-    return {name: _crc32(tensor) for name, tensor in same.items() if not hasattr(tensor, "full_tensor")}
-
-
-def _verify(files: Iterable[str]) -> None:
-    """Raises a `ValueError` that names a damaged or missing tensor, if there is one in the files of a checkpoint."""
-    expected: dict[str, int] = {}
-    seen = set()
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                expected |= json.loads((tensors.metadata() or {}).get(CHECKSUMS, "{}"))
-                for name in tensors.keys():  # noqa: SIM118, it is no dict
-                    seen.add(name)
-                    if name in expected and _crc32(tensors.get_tensor(name)) != expected[name]:
-                        raise ValueError(f"`{name}` in {file} is not what was saved: it is damaged. {REMEDY}")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} cannot be read, it is cut short or damaged: {error}. {REMEDY}") from error
-    missing = sorted(expected.keys() - seen)
-    if missing:
-        raise ValueError(f"The checkpoint lacks {len(missing)} tensors, such as `{missing[0]}`. {REMEDY}")
-
-
-def _crc32(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 register()

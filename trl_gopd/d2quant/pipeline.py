@@ -15,14 +15,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from trl_gopd.d2quant.calibration import calibration_windows
+from trl_gopd.d2quant.checks import check_model, check_numbers
 from trl_gopd.d2quant.config import D2QuantConfig
-from trl_gopd.d2quant.linear import D2QuantLinear
+from trl_gopd.d2quant.finite import check_finite
 from trl_gopd.d2quant.recording import evaluation_mode
 from trl_gopd.d2quant.report import Report
 from trl_gopd.d2quant.rotation import fuse_norms, rotate
-from trl_gopd.d2quant.stages import linears_to_quantize, quantize_block
-from trl_gopd.d2quant.streams import BlockCalls, Streams
-from trl_gopd.d2quant.topology import Topology, find_topology
+from trl_gopd.d2quant.stages import quantize_block
+from trl_gopd.d2quant.streams import BlockCalls, Streams, check_stream
+from trl_gopd.d2quant.topology import Topology
 from trl_gopd.d2quant.tuning import tune
 from trl_gopd.d2quant.workdir import WorkDir, fingerprint
 from trl_gopd.evaluation.resources import return_freed_memory
@@ -35,7 +36,7 @@ def quantize_blocks(model: PreTrainedModel, tokenizer: Any, config: D2QuantConfi
     [`~trl_gopd.d2quant.quantize.quantize_model`]. What transformers has to know of it is not set yet.
     """
     start = time.perf_counter()
-    topology = _check(model, config)
+    topology = check_model(model, config)
     windows = calibration_windows(
         config.dataset,
         config.tokenizer if tokenizer is None else tokenizer,
@@ -52,9 +53,11 @@ def quantize_blocks(model: PreTrainedModel, tokenizer: Any, config: D2QuantConfi
         if config.rotation is not None:
             fuse_norms(model, topology)
             rotate(model, topology, size=config.group_size if config.rotation == "group" else None, seed=config.seed)
+            check_numbers(model, topology, config)
         calls = BlockCalls.record(model, topology, windows)
         streams = Streams.before_first_block(calls, windows)
-        finished = work.load(topology, streams, config) if work else []
+        check_stream(streams.start, "The hidden states before the first block")
+        finished = work.load(topology, calls, streams, config) if work else []
         for block, block_report in zip(topology.blocks, finished, strict=False):
             report.add(block.name, block_report)
         rest = topology.blocks[len(finished) :]
@@ -68,6 +71,7 @@ def quantize_blocks(model: PreTrainedModel, tokenizer: Any, config: D2QuantConfi
         if config.tune_epochs:
             streams.quantized.clear()
             report.tuning_kl = tune(model, topology, calls, starts=streams.start, full=streams.full, config=config)
+    check_finite(model.state_dict().items(), "Lower `tune_learning_rate`, or use the `scale_dtype` 'bfloat16'.")
     report.notes = _notes(topology, config)
     report.seconds = time.perf_counter() - start
     return report
@@ -81,42 +85,6 @@ def detach_from_checkpoint(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
-
-
-def _check(model: PreTrainedModel, config: D2QuantConfig) -> Topology:
-    """Refuses what cannot be quantized, before anything is changed."""
-    if any(isinstance(module, D2QuantLinear) for module in model.modules()) or getattr(model, "is_quantized", False):
-        raise ValueError(
-            "`model` must be in full precision, and it is quantized already. Load the original, or call "
-            "`model.dequantize()` first."
-        )
-    if any(tensor.is_meta for tensor in model.state_dict(keep_vars=True).values()):
-        raise ValueError(
-            "`model` must be in memory, and some of its weights are on the meta device: not loaded, or offloaded. "
-            "Load it without `device_map='disk'` and with enough memory."
-        )
-    topology = find_topology(model)
-    linears = [
-        (block, name) for block in topology.blocks for stage in linears_to_quantize(block, config) for name in stage
-    ]
-    if not linears:
-        raise ValueError(
-            f"`modules_to_not_convert` {config.modules_to_not_convert} leaves no linear layer to quantize. Shorten it."
-        )
-    for block, name in linears:
-        linear = block.linear(name)
-        if config.group_size > linear.in_features:
-            raise ValueError(
-                f"`group_size` must be at most the width of every quantized linear, got {config.group_size} and "
-                f"`{block.name}.{name}` with {linear.in_features} inputs. Use {linear.in_features} or less, or name "
-                "it in `modules_to_not_convert`."
-            )
-        if not linear.weight.isfinite().all():
-            raise ValueError(
-                f"The weight of `{block.name}.{name}` holds NaN or infinity. Is the checkpoint whole, and in range of "
-                f"{linear.weight.dtype}?"
-            )
-    return topology
 
 
 def _notes(topology: Topology, config: D2QuantConfig) -> list[str]:

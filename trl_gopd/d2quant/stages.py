@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.convert import pack_linear, replace_linear
 from trl_gopd.d2quant.correction import Deviation, mean_shift
+from trl_gopd.d2quant.finite import check_finite, is_finite
 from trl_gopd.d2quant.report import BlockReport, LinearReport
 from trl_gopd.d2quant.rounding import RoundingResult, round_weight
-from trl_gopd.d2quant.streams import BlockCalls, Streams
+from trl_gopd.d2quant.streams import BlockCalls, Streams, check_stream
 from trl_gopd.d2quant.topology import Block
 
 
@@ -56,11 +57,13 @@ def quantize_block(block: Block, calls: BlockCalls, streams: Streams, config: D2
         [`~trl_gopd.d2quant.report.BlockReport`]: errors and seconds of each linear.
 
     Raises:
-        `ValueError`: if the inputs of a linear are not finite, or a Hessian is not positive definite.
+        `ValueError`: if a hidden state, the inputs of a linear or a stored number is not finite, or a Hessian is not
+        positive definite.
     """
     stages = linears_to_quantize(block, config)
     shifted = _shifted_linears(block, stages, config)
     full_inputs, targets = _run_in_full_precision(block, stages, shifted, calls, streams, config)
+    check_stream(streams.full, f"The hidden states behind `{block.name}` in full precision")
     rounded, entries, explained = RoundedLinears(), [], None
     for stage in stages:
         head = stage[0]
@@ -78,10 +81,15 @@ def quantize_block(block: Block, calls: BlockCalls, streams: Streams, config: D2
             entries.append(entry)
             _set_rounded(block, name, result, shift, rounded, config)
     for name, result in rounded.results.items():
-        packed = pack_linear(block.linear(name), result.weight, config, input_scale=rounded.input_scales.get(name))
+        try:
+            packed = pack_linear(block.linear(name), result.weight, config, input_scale=rounded.input_scales.get(name))
+        except ValueError as error:
+            raise ValueError(f"`{block.name}.{name}` cannot be packed: {error}") from error
         replace_linear(block.module, name, packed)
-    for index, hidden in enumerate(streams.quantized):
-        streams.quantized[index] = calls.run(block, hidden).to(hidden.device)
+    tensors = ((f"{block.name}.{name}", tensor) for name, tensor in block.module.state_dict().items())
+    check_finite(tensors, "Load the model in bfloat16 or float32.")
+    calls.move(block, streams.quantized)
+    check_stream(streams.quantized, f"The hidden states behind the quantized `{block.name}`")
     return BlockReport(entries, explained)
 
 
@@ -179,7 +187,7 @@ def _round_linear(
     """Rounds one linear, which stays as it is. Statistics come to the device of its weight."""
     start, full_name, weight = time.perf_counter(), f"{block.name}.{name}", block.linear(name).weight
     if hessian is not None:
-        if not hessian.isfinite().all():
+        if not is_finite(hessian) or asymmetry is not None and not is_finite(asymmetry):
             raise ValueError(
                 f"The inputs of `{full_name}` are not finite over the calibration tokens. Does the model give "
                 "finite logits for them, in this dtype? Load it in bfloat16 or float32."

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trl_gopd.d2quant.finite import is_finite
 from trl_gopd.d2quant.topology import Block, Topology
 
 
@@ -100,6 +101,11 @@ class BlockCalls:
         assert isinstance(output, Tensor)
         return output
 
+    def move(self, block: Block, stream: list[Tensor]) -> None:
+        """Replaces what enters a block, window by window, by what leaves it, on the same device."""
+        for index, hidden in enumerate(stream):
+            stream[index] = self.run(block, hidden).to(hidden.device)
+
     def run_and_capture(self, block: Block, hidden: Tensor, names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
         """
         Inputs `(tokens, features)` of the linears `names`, and the block's output, on the device of `hidden`. A linear
@@ -139,6 +145,16 @@ class BlockCalls:
         finally:
             handle.remove()
         return None
+
+
+def check_stream(stream: list[Tensor], what: str) -> None:
+    """Raises a `ValueError` that begins with `what` if the hidden states of a window are not finite."""
+    for index, hidden in enumerate(stream):
+        if not is_finite(hidden):
+            raise ValueError(
+                f"{what} are not finite, first for calibration window {index}. Does the model give finite logits for "
+                "its tokens, in this dtype? Load it in bfloat16 or float32."
+            )
 
 
 def _token_rows(args: tuple[Tensor, ...]) -> Tensor:

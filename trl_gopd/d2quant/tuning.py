@@ -64,6 +64,9 @@ def tune(
     Returns:
         `list[float]`: mean loss of each epoch, in nats per token. For a model without a head it is the squared error
         of the final hidden states, relative to their mean square.
+
+    Raises:
+        `ValueError`: if the loss is not finite. The parameters are those of the step before then.
     """
     generator = torch.Generator().manual_seed(config.seed)
     steps = config.tune_epochs * len(starts)
@@ -78,7 +81,14 @@ def tune(
         for _ in range(config.tune_epochs):
             total = 0.0
             for index in torch.randperm(len(starts), generator=generator).tolist():
-                total += _backward(model, topology, calls, starts[index], full[index])
+                loss = _backward(model, topology, calls, starts[index], full[index])
+                if not math.isfinite(loss):
+                    raise ValueError(
+                        f"The tuning's loss is {loss} for calibration window {index}, in step {bar.n + 1} of {steps}. "
+                        f"Lower `tune_learning_rate` {config.tune_learning_rate}, or leave the tuning out with "
+                        "`tune_epochs=0`. With `work_dir`, finished blocks are kept."
+                    )
+                total += loss
                 rate = config.tune_learning_rate * min(1.0, (bar.n + 1) / WARMUP_STEPS)
                 rate *= 0.5 * (1 + math.cos(math.pi * bar.n / steps))
                 for group in optimizer.param_groups:

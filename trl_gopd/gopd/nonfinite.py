@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from .batch import Batch, Scores
 from .config import GOPDConfig
 from .estimators.protocol import Estimate
+from .frozen.address import redacted
 from .frozen.build import FrozenModels
 from .frozen.identity import is_sharded
+from .frozen.protocols import ROUNDING
 from .frozen.routing import Routing
-from .frozen.served import ROUNDING
+from .ranks import OtherRankError
 
 
 logger = logging.getLogger(__name__)
@@ -153,8 +155,9 @@ class NonFiniteGuard:
         totals = torch.stack([torch.as_tensor(count, device=wanted.device).float() for count in counts])
         failed, broken, tokens, left = self.accelerator.reduce(totals, reduction="sum").tolist()
         if failed:
-            said = self._first(None if failure is None else f"{type(failure).__name__}: {failure}")
-            raise failure or RuntimeError(f"Scoring failed on another rank. {said}")
+            rank = self.accelerator.process_index
+            said = self._first(None if failure is None else f"Rank {rank}: {type(failure).__name__}: {failure}")
+            raise failure or OtherRankError(said)
         if broken:
             self._batch_reason = self._raise_unless_skipped(self._first(self._explain_scores(scores, batch, invalid)))
         if tokens and not left:
@@ -370,7 +373,7 @@ def _label(role: str, key: str | None, given: Any) -> str:
     name = f"`{role}`" if key is None else f"`{role}[{key!r}]`"
     if given is None:
         return f"{name} (the student's start)"
-    return f"{name} ({given if isinstance(given, str) else type(given).__name__})"
+    return f"{name} ({redacted(given) if isinstance(given, str) else type(given).__name__})"
 
 
 def _vocab_size(scorer: Any) -> int:

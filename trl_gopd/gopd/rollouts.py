@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .frozen.served import ROUNDING
+from .frozen.protocols import ROUNDING
 
 
 LOWEST = torch.finfo(torch.float32).min  # nats; what is below is infinite where it is used

@@ -29,14 +29,7 @@ from ._trl import (
 from .assembly import assemble
 from .batch import Batch, Scores
 from .checkpoints import check_whole
-from .checks import (
-    check_arguments,
-    check_datasets,
-    check_rewards,
-    check_rows,
-    check_token_ids,
-    checked_rollouts,
-)
+from .checks import check_arguments, check_datasets, check_rewards, check_rows, check_token_ids, checked_rollouts
 from .config import GOPDConfig
 from .frozen.adapter import copy_start, is_peft, refuse_anchor_name, without_adapters
 from .frozen.build import asks_servers
@@ -45,6 +38,7 @@ from .generation_batch import route, weigh_stored
 from .metrics import drop_nonfinite
 from .model_card import PAPER, describe
 from .observer import NONFINITE_SHARE, EndOfStep
+from .ranks import together
 from .rewards import drop_null_reward, null_reward
 from .rollouts import stored_completions
 from .sole_writer import sole_writer
@@ -135,6 +129,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
     _name = "G-OPD"
     _paper = PAPER
 
+    @together()
     def __init__(
         self,
         model: "str | os.PathLike[str] | PreTrainedModel | PeftModel",
@@ -295,6 +290,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
     def _identities(self) -> dict[str, dict[str, dict[str, Any]]]:
         return self._frozen.identities()
 
+    @together()
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
         As in [`~transformers.Trainer`], but `True` takes the newest whole checkpoint, other frozen models than its own
@@ -316,6 +312,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         check_token_ids("completion", output[0], self._rows, self._student_base.config)
         return output
 
+    @together()
     @torch.no_grad()
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         check_rows(inputs)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file, is_peft_available
 
+from ...digests import parameters_digest
 from .._trl import disable_gradient_checkpointing, gather_parameters, through_forward, use_adapter
 from ..batch import Sequences
 from .head import logit_transform
-from .identity import is_sharded, parameters_digest
+from .identity import is_sharded
 from .local import context_of, evaluation_mode, project, score_groups, vocab_size_of
 from .spread import Budget, over_groups
 from .start import StudentStart, output_head

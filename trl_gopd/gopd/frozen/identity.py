@@ -1,30 +1,16 @@
 """How one frozen model is told from another, and whether it is split over ranks."""
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-import xxhash
-from torch import Tensor, nn
+from torch import nn
 
-from ...files import ALGORITHM
+from ...digests import parameters_digest
 
 
 # Of `Scorer.identity`, what stands in for a checksum of the weights where that is not known.
 NAMES = ("name", "revision", "adapter")
-CHUNK = 2**24  # numbers that are copied from a device at a time
-# Of a configuration, what may change between two copies of one model that give the same numbers.
-VOLATILE = (
-    "_name_or_path",
-    "_commit_hash",
-    "transformers_version",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "use_cache",
-)
 
 
 def is_same_identity(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -46,39 +32,6 @@ def is_partial(identity: Mapping[str, Any]) -> bool:
 def weights_digest(model: nn.Module) -> str | None:
     """Checksum of all weights of a model, packed ones among them; `None` if some are elsewhere."""
     return parameters_digest(model.state_dict())
-
-
-def parameters_digest(parameters: Mapping[str, Any]) -> str | None:
-    """Checksum of the names, shapes, dtypes and all numbers of tensors; `None` if some are elsewhere."""
-    digest = xxhash.xxh3_128()
-    for name, value in sorted(parameters.items()):
-        if isinstance(value, Tensor) and not _add(digest, name, value.detach()):
-            return None
-    return f"{ALGORITHM}:{digest.hexdigest()}"
-
-
-def _add(digest: Any, name: str, tensor: Tensor) -> bool:
-    if tensor.is_meta or hasattr(tensor, "full_tensor"):  # on a disk, or split over ranks
-        return False
-    if hasattr(tensor, "__tensor_flatten__"):  # a quantized tensor made of others
-        inner: Any = tensor
-        return all(_add(digest, f"{name}.{part}", getattr(inner, part)) for part in inner.__tensor_flatten__()[0])
-    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-    for chunk in torch.split(tensor.reshape(-1), CHUNK):
-        digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy())
-    return True
-
-
-def config_digest(config: Any) -> str:
-    """Checksum of what a configuration changes of its family's defaults, without names and versions."""
-    text = json.dumps(_without_volatile(config.to_diff_dict()), sort_keys=True, default=str)
-    return f"{ALGORITHM}:{xxhash.xxh3_128(text.encode()).hexdigest()}"
-
-
-def _without_volatile(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    return {str(key): _without_volatile(part) for key, part in value.items() if key not in VOLATILE}
 
 
 def is_sharded(accelerator: Any) -> bool:

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...digests import config_digest
 from .._trl import gather_heads
 from ..batch import Sequences
 from ..divergence import chunk_slices
 from ..stratified import log_probs_at
 from .head import check_head, logit_transform
-from .identity import config_digest, is_sharded, weights_digest
+from .identity import is_sharded, weights_digest
 from .offload import Offload
 from .protocols import LogitScorer
 from .sharding import shard as shard_over_ranks

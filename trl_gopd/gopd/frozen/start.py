@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ...digests import parameters_digest
 from ...files import written_whole
 from .._trl import gather_parameters
-from .identity import is_sharded, parameters_digest
+from .identity import is_sharded
 
 
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # what training may add to the names of parameters
