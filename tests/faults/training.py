@@ -353,6 +353,39 @@ def two_runs(trial: Trial) -> Ending:
     return Ending.REFUSED
 
 
+# Other frozen models
+
+
+@scenario("another frozen model than the one of the checkpoint", area="training", tries=60, short=1)
+def other_model(trial: Trial) -> Ending:
+    """A number of its weights, or a field of its configuration, has changed by as little as it can."""
+    estimator, out = ESTIMATORS[trial.number % 3], trial.folder / "out"
+    shutil.copytree(uninterrupted(estimator)[1], out)
+    shutil.rmtree(out / f"checkpoint-{STEPS}")
+    role = trial.random.choice(["teachers", "references"])
+
+    def run() -> None:
+        trainer = kept_trainer(estimator)
+        module = getattr(trainer, role)[None].inner.model
+        if trial.random.random() < 0.25:
+            name = trial.random.choice(["rms_norm_eps", "rope_theta", "hidden_act", "attention_bias"])
+            if name == "rope_theta":
+                module.config.rope_parameters[name] *= 2
+            else:
+                old = getattr(module.config, name)
+                setattr(module.config, name, "gelu" if isinstance(old, str) else not old if old in (0, 1) else 2 * old)
+        else:
+            parameter = trial.random.choice(list(module.parameters())).data.view(-1)
+            place = trial.random.randrange(parameter.numel())
+            parameter[place] = torch.nextafter(parameter[place], torch.tensor(math.inf))
+        train(trainer, out, True)
+
+    error = forked(run).error
+    assert isinstance(error, ValueError) and "Pass the same model, or start anew" in str(error), error
+    assert f"among its {role}" in str(error), error
+    return Ending.REFUSED
+
+
 # Numbers that are not finite
 
 
