@@ -5,12 +5,14 @@
 #   TORCH_ARGS   passed to the install of torch alone            "--index-url https://download.pytorch.org/whl/cpu"
 #   PYTEST_ARGS  passed to every pytest; two processes by default make test PYTEST_ARGS="-n 4"
 #   MUTANTS      patterns of the mutants to test                 make mutants MUTANTS="trl_gopd.gopd.stratified*"
+#   FAULTS_ARGS  arguments of `make faults` in place of its own  make faults FAULTS_ARGS="--only caches"
 
 PYTHON ?= python3
 PIP_ARGS ?=
 TORCH_ARGS ?=
 PYTEST_ARGS ?= -n 2
 MUTANTS ?=
+FAULTS_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +26,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q $(PYTEST_ARGS)
 DISTRIBUTED_TESTS := $(wildcard tests/distributed/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow compat mutants lint format bench clean
+.PHONY: help install demo test slow compat mutants faults soak lint format bench clean
 
 help:
 	@echo "make demo    distil a small model, merge two experts, quantize another, and write demo_out/"
@@ -32,6 +34,8 @@ help:
 	@echo "make slow    run only the tests marked slow"
 	@echo "make compat  run the contract tests and a smoke training with each supported version of TRL"
 	@echo "make mutants change operators and constants of the pure modules one by one, and see whether a test fails"
+	@echo "make faults  kill, starve and fuzz training, quantization, caches and servers, and write the table of faults"
+	@echo "make soak    thousands of steps and of saved models, with memory and open files over time"
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make bench   time one G-OPD training step"
@@ -91,6 +95,17 @@ mutants: $(STAMP)
 	@echo "Testing mutants of the pure modules (an hour on two cores the first time)"
 	@$(TEST_ENV) $(BIN)/mutmut run $(MUTANTS)
 	@$(BIN)/python tools/mutants.py --json docs/results/mutants.json
+
+# Writes docs/results/faults.json row by row, and the table of docs/reliability.md. A run that was stopped goes on with
+# FAULTS_ARGS=--resume; part of them: make faults FAULTS_ARGS="--only caches --json /tmp/faults.json"
+faults: $(STAMP)
+	@echo "Trying faults (forty minutes on two cores)"
+	@$(TEST_ENV) $(BIN)/python -m tests.faults $(or $(FAULTS_ARGS),--json docs/results/faults.json --page docs/reliability.md)
+
+# Writes docs/results/soak.json and the figure of docs/reliability.md.
+soak: $(STAMP)
+	@echo "Training 15,000 steps and quantizing 500 times (twenty minutes on two cores)"
+	@$(TEST_ENV) $(BIN)/python -m tests.faults.soak --json docs/results/soak.json --figure docs/images/soak.png
 
 lint: $(STAMP)
 	@echo "Checking style and types (under a minute)"

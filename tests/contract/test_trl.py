@@ -14,7 +14,7 @@ from trl.generation.vllm_client import VLLMClient
 
 from trl_gopd.gopd import _trl
 from trl_gopd.gopd.config import GOPDConfig
-from trl_gopd.gopd.frozen.served import ServedScorer
+from trl_gopd.gopd.frozen.answers import Asked
 
 
 WHERE = f"moved in TRL {trl.__version__}; adapt trl_gopd/gopd/"
@@ -189,22 +189,19 @@ def test_a_server_is_asked_and_read_as_by_the_client_of_trl(top):
         {"index": 0, "prompt_logprobs": [None, {"5": {"logprob": -0.5, **entry}}, {"7": {"logprob": -2.0, **entry}}]},
         {"index": 1, "prompt_logprobs": [None, {"6": {"logprob": -0.25, **entry}, "9": {"logprob": -1.5, **entry}}]},
     ]
-    theirs, ours, payloads = object.__new__(VLLMClient), object.__new__(ServedScorer), []
-    theirs.base_url, theirs.model, ours.model = "http://server", "model", "model"
+    theirs, payloads = object.__new__(VLLMClient), []
+    theirs.base_url, theirs.model = "http://server", "model"
 
     def post(url, json):
         assert url == "http://server/v1/completions"
         payloads.append(json)
         return {"choices": choices}
 
-    def ask(path, key, payload):
-        payloads.append(payload)
-        return choices
-
-    theirs._post, ours._ask = post, ask
+    theirs._post = post
     answer = theirs.get_sequence_logprobs(sequences, prompt_lengths, top_logprobs=top, temperature=0.5)
-    got = ours._distributions(sequences, [2, 1], [0, 1], temperature=0.5, top=top)
-    assert payloads[0] == {key: payloads[1][key] for key in payloads[0]}, f"fields of a request {WHERE}served.py"
+    ours = Asked("model", sequences, [2, 1], [0, 1], temperature=0.5, top=top)
+    got = ours.read({"choices": choices})
+    assert payloads[0] == {key: ours.payload[key] for key in payloads[0]}, f"fields of a request {WHERE}answers.py"
     want = [[value for (value,) in row] for row in answer["actual_logprobs"]]
     read = [[by_id[i] for i, by_id in zip(ids[1:], row, strict=True)] for ids, row in zip(sequences, got, strict=True)]
-    assert read == want == [[-0.5, -2.0], [-0.25]], f"fields of an answer {WHERE}served.py"
+    assert read == want == [[-0.5, -2.0], [-0.25]], f"fields of an answer {WHERE}answers.py"

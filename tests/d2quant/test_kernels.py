@@ -1,8 +1,9 @@
 """
 Products with a packed weight are those with the dense one, forward and backward, for every grid, width and dtype; what
-is kept for the backward pass is packed; and the compiled kernel is used where it may be, and equals the others.
+is kept for the backward pass is packed; and machine code is used where it may be, and equals what torch computes.
 """
 
+import hashlib
 import logging
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.d2quant.test_linear import every_part, random_weight
 from trl_gopd.d2quant import kernels
 from trl_gopd.d2quant.grids import GRIDS
-from trl_gopd.d2quant.kernels import enable_compiled
+from trl_gopd.d2quant.kernels import native
 from trl_gopd.d2quant.linear import D2QuantLinear
 from trl_gopd.d2quant.packing import BITS
 
@@ -198,122 +199,217 @@ class TestBackward:
         assert torch.equal(x.grad, low.grad.float())
 
 
-class TestEnableCompiled:
-    LAYER = {"in_features": 192, "group_size": 64, "out_features": 33}
+def bound(x, layer, terms):
+    """Bound on the rounding where codes and zero points are summed apart: that of weights as large as their codes."""
+    largest = layer.weight_scale.abs().max().item() * 2**layer.bits
+    return (terms + 3) * EPS * largest * x.abs().sum(-1).max().item()
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    """A function that computes something with torch alone."""
+
+    def compute(function, *args):
+        with monkeypatch.context() as patch:
+            patch.setattr(native.Settings, "enabled", False)
+            return function(*args)
+
+    return compute
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Which functions of the machine code were used."""
+    calls = []
+    for name in ("products", "slices"):
+        original = getattr(native, name)
+        monkeypatch.setattr(
+            native, name, lambda *args, name=name, original=original: (calls.append(name), original(*args))[1]
+        )
+    return calls
+
+
+class TestNative:
+    LAYER = {"in_features": 192, "group_size": 64, "out_features": 150}  # 150 are nine vectors of 16, and six
+    SHAPES = [
+        LAYER,
+        {
+            "in_features": 200,
+            "group_size": 96,
+            "out_features": 33,
+        },  # a shorter last group, and a block of eight columns
+        {"in_features": 45, "group_size": 45, "out_features": 16},  # one group
+        {"in_features": 45, "group_size": 128, "out_features": 5},
+        {"in_features": 64, "group_size": 32, "out_features": 300},  # more than one tile
+    ]
 
     @pytest.fixture(autouse=True)
-    def on(self):
-        enable_compiled()
-        yield
-        enable_compiled(False)
+    def small_slices(self, monkeypatch):
+        monkeypatch.setattr(native, "SLICE", 2**13)
 
-    @pytest.fixture
-    def calls(self, monkeypatch):
-        """The kernels run as they are, uncompiled, and the numbers of outputs of their calls are collected."""
-        calls = []
-
-        def uncompiled(function, **_):
-            def counted(x, words, *others):
-                calls.append(words.shape[1])
-                return function(x, words, *others)
-
-            return counted
-
-        monkeypatch.setattr(torch, "compile", uncompiled)
-        return calls
-
+    @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("grid", ["affine", "midrise"])
     @pytest.mark.parametrize("bits", BITS)
-    def test_is_the_dense_product(self, bits, grid, calls, generator):
-        layer = packed_layer(bits, grid, **self.LAYER)
-        x = torch.randn(2, 1, 192, generator=generator)
-        y, dense = layer(x), layer.to_dense()
-        assert len(calls) == 2
-        # Codes and zero points are summed apart, so the bound is that of weights as large as their codes.
-        largest = layer.weight_scale.abs().max() * 2**bits
-        atol = (192 + 3) * EPS * largest * x.abs().sum(-1).max()
-        torch.testing.assert_close(y, dense(x), rtol=0, atol=float(atol))
+    def test_products_are_those_of_the_dense_weight(self, bits, grid, shape, calls, generator):
+        layer = packed_layer(bits, grid, **shape)
+        weight = layer.dequantize().double()
+        for rows in (1, 2, 4, 5, 9, 17):
+            x = torch.randn(rows, shape["in_features"], generator=generator)
+            exact = F.linear(x.double(), weight, layer.bias.double())
+            torch.testing.assert_close(layer(x).double(), exact, rtol=0, atol=bound(x, layer, shape["in_features"]))
+        assert calls.count("products") == 6
 
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("grid", ["affine", "midrise"])
+    @pytest.mark.parametrize("bits", BITS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_weights_are_rebuilt_bit_for_bit(self, dtype, bits, grid, shape, calls, without_native):
+        for scale_dtype in native.SCALE_TYPES:
+            layer = packed_layer(bits, grid, **shape, scale_dtype=scale_dtype)
+            assert torch.equal(layer.dequantize(dtype), without_native(layer.dequantize, dtype))
+        assert calls == ["slices"] * 3
+
+    def test_the_smallest_scales_are_exact(self, without_native):
+        layer = packed_layer(4, **self.LAYER)
+        tiny = torch.finfo(torch.float16).smallest_normal
+        layer.weight_scale.data.copy_(torch.linspace(-tiny, 2 * tiny, layer.weight_scale.numel()).view(3, -1))
+        assert torch.equal(layer.dequantize(), without_native(layer.dequantize))
+
+    @pytest.mark.parametrize("rows", [1, 4, 8, 31, 40])
     @pytest.mark.parametrize("dtype", LOW_PRECISION)
-    def test_low_precision_is_as_good_as_dense(self, dtype, calls, generator):
+    def test_low_precision_is_as_good_as_dense(self, dtype, rows, generator):
         layer = packed_layer(**self.LAYER)
-        x = torch.randn(1, 192, generator=generator).to(dtype)
+        x = torch.randn(rows, 192, generator=generator).to(dtype)
         exact = F.linear(x.double(), layer.dequantize().double(), layer.bias.double())
         y = layer(x)
-        assert (y.dtype, len(calls)) == (dtype, 1)
+        assert y.dtype == dtype
         assert (y - exact).abs().max() <= 2 * (layer.to_dense(dtype)(x) - exact).abs().max()
 
-    def test_is_for_few_rows_without_gradient(self, calls):
+    def test_many_rows_are_a_matrix_product(self, calls, generator, without_native):
         layer = packed_layer(**self.LAYER)
-        x = torch.ones(5, 192)
-        layer(x)
-        layer(x[:0])
-        layer(x[:1].double())
-        layer(x[:1].clone().requires_grad_())
-        layer.bias.requires_grad_()
-        layer(x[:1])
-        assert calls == []
-        with torch.no_grad():
-            y = layer(x[:4])
-        assert calls == [33] * 4
-        assert not y.requires_grad
-
-    def test_output_made_in_inference_mode_may_be_trained_on(self, calls):
-        with torch.inference_mode():
-            y = packed_layer(**self.LAYER)(torch.ones(1, 192))
-        assert calls == [33]
-        assert not y.is_inference()
-
-    @pytest.mark.parametrize("options", [{"grid": "bitplane"}, {"group_size": 48}, {"group_size": 128}])
-    def test_other_layers_are_not_affected(self, options, calls):
-        layer = packed_layer(**{**self.LAYER, **options})
-        x = torch.ones(1, 192)
+        x = torch.randn(native.FEW_ROWS + 1, 192, generator=generator)
         y = layer(x)
-        assert calls == []
-        enable_compiled(False)
-        assert torch.equal(layer(x), y)
+        assert calls == ["slices"]
+        torch.testing.assert_close(y, without_native(layer, x), rtol=0, atol=rounding(x, layer.dequantize(), 193))
 
-    def test_wrong_width_of_inputs_leaves_it_on(self, calls):
+    def test_threads_change_nothing(self, monkeypatch, generator):
+        monkeypatch.setattr(native, "PARALLEL", 1)
+        layer = packed_layer(3, in_features=192, group_size=64, out_features=1000)
+        xs = [torch.randn(rows, 192, generator=generator) for rows in (1, 8, 40)]
+        before = torch.get_num_threads()
+        try:
+            results = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append([layer(xs[0]), layer(xs[1]), layer.dequantize()])
+        finally:
+            torch.set_num_threads(before)
+        for others in results[1:]:
+            assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True))
+
+    @pytest.mark.parametrize("rows", [1, 8, 40])
+    def test_gradients_are_those_of_torch(self, rows, calls, generator, without_native):
+        layer = packed_layer(**self.LAYER, scale_dtype=torch.float32)
+        x = torch.randn(rows, 192, generator=generator, requires_grad=True)
+        grad = torch.randn(rows, 150, generator=generator)
+
+        def gradients():
+            tensors = [x, layer.bias.requires_grad_(), layer.weight_scale.requires_grad_(rows == 8)]
+            return torch.autograd.grad(layer(x), tensors[: 3 if rows == 8 else 2], grad)
+
+        ours = gradients()
+        assert calls
+        for one, other in zip(ours, without_native(gradients), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=(192 + 150) * EPS * other.abs().max().item())
+
+    @pytest.mark.parametrize("value", [torch.inf, torch.nan])
+    def test_what_is_not_finite_stays_so(self, value):
+        for rows in (1, 4, 8):
+            x = torch.ones(rows, 192).bfloat16()
+            x[0, 3] = value
+            y = packed_layer(**self.LAYER)(x)
+            assert not y[0].isfinite().any() and y[1:].isfinite().all()
+
+    @pytest.mark.parametrize("options", [{"grid": "bitplane"}, {"group_size": 48}, {"scale_dtype": torch.float64}])
+    def test_other_layers_are_those_of_torch(self, options, calls):
+        packed_layer(**{**self.LAYER, **options})(torch.ones(1, 192))
+        assert calls == []
+
+    def test_wrong_width_of_inputs_fails(self, calls):
         with pytest.raises(RuntimeError, match="128"):
             packed_layer(**self.LAYER)(torch.ones(1, 128))
-        assert calls == []
-        packed_layer(**self.LAYER)(torch.ones(1, 192))
-        assert calls == [33]
+        assert "products" not in calls
 
-    def test_is_off_unless_asked_for(self, calls):
-        enable_compiled(False)
-        packed_layer(**self.LAYER)(torch.ones(1, 192))
-        assert calls == []
-
-    def test_without_a_compiler_warns_once(self, monkeypatch, caplog):
-        def fails(*_):
-            raise RuntimeError("no C++ compiler")
-
-        monkeypatch.setattr(torch, "compile", lambda function, **_: fails)
+    def test_output_made_in_inference_mode_may_be_trained_on(self):
         layer = packed_layer(**self.LAYER)
-        x = torch.ones(1, 192)
-        with caplog.at_level(logging.WARNING, kernels.__name__):
-            outputs = layer(x), layer(x)
-        assert [record.getMessage() for record in caplog.records] == [
-            "The kernel cannot be compiled, and stays off: no C++ compiler"
-        ]
-        enable_compiled(False)
-        assert all(torch.equal(y, layer(x)) for y in outputs)
+        with torch.inference_mode():
+            y = layer(torch.ones(1, 192))
+        assert y.shape == (1, 150)
 
-    @pytest.mark.slow
-    def test_one_kernel_serves_all_shapes(self, generator):
-        torch.compiler.reset()
-        torch._dynamo.utils.counters.clear()
-        for in_features, out_features in ((192, 33), (256, 64), (512, 96)):
-            layer = packed_layer(in_features=in_features, out_features=out_features, group_size=64)
-            dense = layer.to_dense()
-            x = torch.randn(2, in_features, generator=generator)
-            largest = layer.weight_scale.abs().max() * 2**3
-            atol = (in_features + 3) * EPS * largest * x.abs().sum(-1).max()
-            with torch.autocast("cpu", torch.bfloat16):
-                layer(x)
-            with torch.inference_mode(out_features == 64):
-                y = layer(x)
-            torch.testing.assert_close(y, dense(x), rtol=0, atol=float(atol))
-        assert kernels._compiled, "it fell back"
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    def test_words_that_are_not_contiguous_are_read_right(self, generator):
+        layer = packed_layer(**self.LAYER)
+        x = torch.randn(1, 192, generator=generator)
+        y = layer(x)
+        layer.weight.data = layer.weight.data.T.contiguous().T
+        layer.weight_scale.data = layer.weight_scale.data.T.contiguous().T
+        assert torch.equal(layer(x), y)
+
+
+class TestCompiling:
+    @pytest.fixture(autouse=True)
+    def nothing_compiled(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        native._library.cache_clear()
+        yield
+        native._library.cache_clear()
+
+    def test_is_done_once_a_machine(self, tmp_path, monkeypatch):
+        layer = packed_layer(2, **TestNative.LAYER)
+        y = layer(torch.ones(1, 192))
+        (path,) = (tmp_path / "cache" / "trl_gopd").iterdir()
+        assert path.name.endswith("-2.so")
+        native._library.cache_clear()
+        monkeypatch.setattr(native.subprocess, "run", None)
+        assert torch.equal(layer(torch.ones(1, 192)), y)
+
+    def test_another_processor_has_another_library(self, monkeypatch):
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        seen = []
+        monkeypatch.setattr(native.hashlib, "sha256", lambda key: seen.append(key) or hashlib.md5(key))
+        for flags in ("avx2", "avx512f"):
+            monkeypatch.setattr(native, "_processor", lambda flags=flags: flags)
+            with pytest.raises(OSError, match="no no-such-compiler"):
+                native._compiled(2)
+        assert seen[0] != seen[1]
+
+    def test_without_a_compiler_torch_computes_and_says_so_once(self, monkeypatch, caplog, without_native):
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        layer = packed_layer(2, **TestNative.LAYER)
+        x = torch.ones(1, 192)
+        with caplog.at_level(logging.WARNING, native.__name__):
+            outputs = layer(x), layer(x)
+        (message,) = [record.getMessage() for record in caplog.records]
+        assert "there is no no-such-compiler" in message and "Install a C++ compiler" in message
+        expected = without_native(layer, x)
+        assert all(torch.equal(y, expected) for y in outputs)
+
+    def test_a_compiler_that_lacks_options_is_asked_with_fewer(self, tmp_path, monkeypatch):
+        compiler = tmp_path / "compiler"
+        compiler.write_text(
+            '#!/bin/sh\nfor option in "$@"; do case $option in -march=native|-fopenmp) exit 1;; esac; done\n'
+            'exec c++ "$@" -O0\n'
+        )
+        compiler.chmod(0o700)
+        monkeypatch.setenv("CXX", str(compiler))
+        layer = packed_layer(2, **TestNative.LAYER)
+        x = torch.ones(3, 192)
+        atol = bound(x, layer, 192)
+        torch.testing.assert_close(layer(x), layer.to_dense()(x), rtol=0, atol=atol)
+        assert native._library(2) is not None
+
+    def test_a_failed_compilation_leaves_nothing(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(native, "SOURCE", tmp_path / "wrong.cpp")
+        native.SOURCE.write_text("this is no program")
+        with pytest.raises(OSError, match="error"):
+            native._compiled(2)
+        assert not list((tmp_path / "cache" / "trl_gopd").iterdir())

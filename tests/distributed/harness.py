@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +77,9 @@ def run(function: Callable[..., Any], layout: str, *, timeout: float = 120, **kw
     Raises:
         `AssertionError`: If a rank fails or does not end in time. The message holds the end of every rank's log.
     """
-    context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix=f"{layout}_") as name:
         folder = Path(name)
-        environment = {**_environment(layout, folder), "MASTER_PORT": str(_free_port())}
-        ranks = [
-            context.Process(target=_rank, args=(function, kwargs, layout, rank, environment, folder))
-            for rank in range(world_size(layout))
-        ]
-        for process in ranks:
-            process.start()
+        ranks = _start(function, layout, folder, kwargs)
         started = time.monotonic()
         is_late = _wait(ranks, started + timeout)
         codes = [process.exitcode for process in ranks]
@@ -94,8 +88,67 @@ def run(function: Callable[..., Any], layout: str, *, timeout: float = 120, **kw
         return [pickle.loads((folder / f"{rank}.pkl").read_bytes()) for rank in range(len(ranks))]
 
 
-def _environment(layout: str, folder: Path) -> dict[str, str]:
-    """What `accelerate launch` exports to every rank."""
+@dataclass(frozen=True)
+class Ended:
+    """
+    How a rank ended.
+
+    Args:
+        code (`int`, *optional*): Exit code, negative for a signal; `None` if it had to be killed.
+        seconds (`float`): From the end of the first rank to its own.
+        log (`str`): What it printed.
+    """
+
+    code: int | None
+    seconds: float
+    log: str
+
+    @property
+    def error(self) -> str:
+        """The last line that is not empty, which is the message of the exception that ended it."""
+        return self.log.strip().rpartition("\n")[2]
+
+
+def run_to_end(function: Callable[..., Any], layout: str, *, within: float, **kwargs) -> list[Ended]:
+    """As `run`, for ranks that fail: how each has ended, if it did so `within` seconds after the first of them."""
+    with tempfile.TemporaryDirectory(prefix=f"{layout}_") as name:
+        folder = Path(name)
+        ranks = _start(function, layout, folder, kwargs)
+        ends: dict[int, float] = {}
+        deadline = time.monotonic() + 120
+        while len(ends) < len(ranks) and time.monotonic() < deadline:
+            for rank, process in enumerate(ranks):
+                if rank not in ends and not process.is_alive():
+                    ends[rank] = time.monotonic()
+                    deadline = min(ends.values()) + within
+            time.sleep(0.02)
+        for process in ranks:
+            process.kill()
+            process.join()
+        return [
+            Ended(
+                process.exitcode if rank in ends else None,
+                ends.get(rank, deadline) - min(ends.values(), default=deadline),
+                (folder / f"{rank}.log").read_text(errors="replace"),
+            )
+            for rank, process in enumerate(ranks)
+        ]
+
+
+def _start(function: Callable[..., Any], layout: str, folder: Path, kwargs: dict[str, Any]) -> list[Any]:
+    context = multiprocessing.get_context("fork")
+    environment = {**environment_of(layout, folder), "MASTER_PORT": str(free_port())}
+    ranks = [
+        context.Process(target=_rank, args=(function, kwargs, layout, rank, environment, folder))
+        for rank in range(world_size(layout))
+    ]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def environment_of(layout: str, folder: Path) -> dict[str, str]:
+    """What `accelerate launch` exports to every rank; a configuration of DeepSpeed goes into `folder`."""
     if layout == "single":
         return {}
     world = str(world_size(layout))
@@ -175,7 +228,8 @@ def _rank(function, kwargs, layout: str, rank: int, environment: dict[str, str],
     os._exit(code)  # nothing of the parent's, such as pytest's own handlers, may run in a fork
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nothing listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from tests.distributed import harness
+from tests.distributed import harness, launch_fault
 from tests.distributed.test_parity import PROMPTS, ScriptedTrainer, train
 from trl_gopd.gopd.config import GOPDConfig
 
@@ -73,9 +73,7 @@ def test_all_ranks_leave_the_step_out(models, tmp_path):
 def test_an_error_of_one_rank_ends_all(models, tmp_path):
     results = harness.run(fail_on_one_rank, "ddp", models=str(models), out=str(tmp_path), fault="error")
     assert results[1]["message"] == "ZeroDivisionError: division by zero"
-    assert results[0]["message"] == (
-        "RuntimeError: Scoring failed on another rank. ZeroDivisionError: division by zero"
-    )
+    assert results[0]["message"] == "OtherRankError: Rank 1: ZeroDivisionError: division by zero"
 
 
 def test_each_rank_goes_on_in_the_middle_of_its_generation_batch(models, tmp_path):
@@ -95,3 +93,32 @@ def test_each_rank_goes_on_in_the_middle_of_its_generation_batch(models, tmp_pat
     assert all(torch.equal(value, again[0]["weights"][name]) for name, value in whole[0]["weights"].items())
     names = {path.name for path in (tmp_path / "whole" / "checkpoint-1").glob("gopd_*")}
     assert names == {"gopd_state.json", "gopd_manifest.json", "gopd_rollouts_0.pt", "gopd_rollouts_1.pt"}
+
+
+ALONE = {
+    "row": ("ddp", {}, f"ValueError: {launch_fault.MESSAGE}"),
+    "overlong": ("zero2", {}, "ValueError: The prompt of 680 tokens that `teacher_model` ("),
+    "missing": ("zero3", {}, "OSError: "),
+    "reward": ("ddp", {}, f"ValueError: {launch_fault.MESSAGE}"),
+    "error": ("zero3", {"phase": "scoring"}, f"ValueError: {launch_fault.MESSAGE}"),
+    "disk": ("ddp", {"phase": "saving"}, "RuntimeError: [enforce fail at inline_container.cc"),
+}
+
+
+@pytest.mark.parametrize("fault", ALONE)
+def test_ranks_end_while_the_one_that_failed_lives_on(fault, models, tmp_path):
+    """With gloo, but not with NCCL, the end of that process would release the other one."""
+    layout, options, said = ALONE[fault]
+    arguments = {"models": str(models), "out": str(tmp_path), "fault": fault, "lives_on": 20.0, "patience": 1.0}
+    zero, one = harness.run_to_end(launch_fault.train, layout, within=0, **arguments, **options)
+    assert (zero.code, one.code) == (1, None), zero.log[-3000:]
+    assert zero.log.splitlines()[-2].startswith(f"Rank 1: {said}")
+    assert f"\n{said}" in one.log
+
+
+def test_the_end_of_a_rank_inside_a_sharded_model_releases_the_other(models, tmp_path):
+    arguments = {"models": str(models), "out": str(tmp_path), "fault": "error", "phase": "forward"}
+    zero, one = harness.run_to_end(launch_fault.train, "fsdp2", within=8, **arguments)
+    assert (zero.code, one.code) == (1, 1)
+    assert one.error == f"ValueError: {launch_fault.MESSAGE}"
+    assert zero.error.endswith(f"OtherRankError: Rank 1: {one.error}")

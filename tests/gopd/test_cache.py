@@ -22,10 +22,12 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.gopd.harness import read
+from tests.gopd.harness import logged, read
 from tests.tiny import build_model
-from trl_gopd.gopd.frozen import cached as room
-from trl_gopd.gopd.frozen.cached import CachedScorer, LogprobCache, precompute, row_key
+from trl_gopd.gopd.frozen import cache_file as room
+from trl_gopd.gopd.frozen import cached as scoring
+from trl_gopd.gopd.frozen.cache_file import LogprobCache, network_file_system, row_key
+from trl_gopd.gopd.frozen.cached import CachedScorer, precompute
 from trl_gopd.gopd.frozen.local import LocalScorer
 from trl_gopd.gopd.frozen.routed import RoutedScorer
 
@@ -135,18 +137,18 @@ class TestRowKey:
         """Another key would make every stored row a miss: it needs another `FORMAT`."""
         numbers = [2, 1, *[1, 2], *[151_643]]
         want = hashlib.sha256(b"".join(number.to_bytes(8, "little") for number in numbers)).digest()
-        assert row_key([1, 2], [151_643]) == want and room.FORMAT == 1
+        assert row_key([1, 2], [151_643]) == want and room.FORMAT == 2
 
 
 class TestLogprobCache:
     def test_round_trip_is_exact(self, path, generator):
         values = [
-            torch.randn(37, generator=generator),
+            -torch.rand(37, generator=generator),
             torch.tensor([-torch.inf, -0.0, 0.0, -1e-45, torch.finfo(torch.float32).min]),
         ]
         LogprobCache(path, temperature=1.0, identity=MODEL).write(dict(zip([b"a", b"b"], values, strict=True)))
-        read = LogprobCache(path, temperature=1.0).read([b"b", b"c", b"a"])
-        assert list(read) == [b"b", b"a"]
+        read, damaged = LogprobCache(path, temperature=1.0).read({b"b": 5, b"c": 1, b"a": 37})
+        assert list(read) == [b"b", b"a"] and not damaged
         for value, got in zip(values, (read[b"a"], read[b"b"]), strict=True):
             assert got.dtype == torch.float32 and torch.equal(got.view(torch.int32), value.view(torch.int32))
 
@@ -154,7 +156,8 @@ class TestLogprobCache:
         cache = LogprobCache(path, temperature=1.0, identity=MODEL)
         cache.write({b"a": torch.tensor([-1.0])})
         cache.write({b"a": torch.tensor([-2.0]), b"b": torch.tensor([-3.0])})
-        assert {key: value.item() for key, value in cache.read([b"a", b"b"]).items()} == {b"a": -1.0, b"b": -3.0}
+        rows, _ = cache.read({b"a": 1, b"b": 1})
+        assert {key: value.item() for key, value in rows.items()} == {b"a": -1.0, b"b": -3.0}
         assert len(cache) == 2
 
     def test_nan_is_refused_with_all_that_came_along(self, path):
@@ -252,6 +255,13 @@ class TestFile:
             LogprobCache(path, temperature=1.0)
         assert len(LogprobCache(path, temperature=1.0, identity=MODEL)) == 0
 
+    def test_damaged_where_a_message_quotes_it(self, cached, path):
+        """Then the message of SQLite need not be UTF-8."""
+        content = path.read_bytes()
+        path.write_bytes(content.replace(b"identity TEXT NOT NULL", b"identity TEXT NO\xff NULL"))
+        with pytest.raises(OSError, match="cannot be used: .* if it is damaged, delete it and score anew"):
+            CachedScorer(Fake(), path, temperature=1.0)
+
     def test_folder_in_its_place(self, path):
         path.mkdir(parents=True)
         with pytest.raises(OSError, match="unable to open.* It must be a file in a folder that is writable"):
@@ -289,7 +299,7 @@ def run(code, path):
     """Starts a process that runs `code`, which finds a cache at `path`."""
     start = f"""
 import os, signal, torch
-from trl_gopd.gopd.frozen.cached import LogprobCache
+from trl_gopd.gopd.frozen.cache_file import LogprobCache
 cache = LogprobCache({str(path)!r}, temperature=1.0, identity={MODEL!r})
 """
     return subprocess.Popen([sys.executable, "-c", start + code])
@@ -300,7 +310,7 @@ def kill_writer(path):
     code = """
 with cache._transaction() as connection:
     connection.execute("PRAGMA cache_size = 1")
-    connection.executemany("INSERT INTO logps VALUES (?, ?)", [(bytes([i, 0]), bytes(9000)) for i in range(99)])
+    connection.executemany("INSERT INTO logps VALUES (?, ?, 0)", [(bytes([i, 0]), bytes(9000)) for i in range(99)])
     os.kill(os.getpid(), signal.SIGKILL)
 """
     size = path.stat().st_size
@@ -319,7 +329,7 @@ for number in range(20):
         assert [worker.wait(120) for worker in workers] == [0, 0]
         cache = LogprobCache(path, temperature=1.0)
         assert len(cache) == 41
-        read = cache.read(f"{name}{number}".encode() for name in "ab" for number in range(20))
+        read, _ = cache.read({f"{name}{number}".encode(): 5 for name in "ab" for number in range(20)})
         assert [row.tolist() for row in read.values()] == [[-float(number)] * 5 for number in range(20)] * 2
 
     @pytest.mark.parametrize("identity", [MODEL, None])
@@ -329,7 +339,8 @@ for number in range(20):
         kill_writer(path)
         cache = LogprobCache(path, temperature=1.0, identity=identity)
         assert len(cache) == 2
-        assert {key: row.tolist() for key, row in cache.read([b"a", bytes([0, 0])]).items()} == {b"a": [-2.0] * 5}
+        rows, damaged = cache.read({b"a": 5, bytes([0, 0]): 2250})
+        assert {key: row.tolist() for key, row in rows.items()} == {b"a": [-2.0] * 5} and not damaged
 
     def test_killed_writer_does_not_stop_the_others(self, cached, path):
         cached.score(read(*batch([([1], [2])])))
@@ -436,7 +447,7 @@ class TestSharded:
             asked.append(count.tolist())
             return torch.cat([count, torch.tensor([others])])
 
-        monkeypatch.setattr(room, "gather", gather)
+        monkeypatch.setattr(scoring, "gather", gather)
         return CachedScorer(Fake(is_sharded=True), path, temperature=1.0), asked
 
     @pytest.mark.parametrize(
@@ -558,3 +569,197 @@ class TestRealModel:
         CachedScorer(frozen(1), path, temperature=0.7)
         with pytest.raises(ValueError, match="Give another path"):
             CachedScorer(frozen(2), path, temperature=0.7)
+
+
+class TestDamage:
+    """A row that is no longer what was written is never believed."""
+
+    PAIRS = [([1, 2], [3, 4, 5]), ([1], [2]), ([4], [1, 1])]
+    OTHER = row_key(*PAIRS[1])
+
+    @pytest.fixture
+    def filled(self, cached):
+        cached.score(read(*batch(self.PAIRS)))
+        cached.hits = cached.misses = 0
+        cached.wrapped.calls.clear()
+        return cached
+
+    def spoil(self, path, statement, *values):
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            assert connection.execute(statement, values).rowcount == 1
+
+    @pytest.mark.parametrize(
+        ("numbers", "checksum"),
+        [
+            pytest.param([-1.0, -2.0, -3.5], None, id="another number"),
+            pytest.param([-1.0], True, id="one number for three"),
+            pytest.param([-1.0, -2.0, -3.0, -4.0], True, id="a number too many"),
+            pytest.param(bytes(11), None, id="part of a number"),
+            pytest.param(b"", None, id="nothing"),
+            pytest.param([-1.0, float("nan"), -3.0], True, id="NaN"),
+            pytest.param([-1.0, float("inf"), -3.0], True, id="+inf"),
+            pytest.param([-1.0, 5.0, -3.0], True, id="+5"),
+            pytest.param([-1.0, -2.0, -3.0], OTHER, id="those of another row"),
+            pytest.param([-1.0, -2.0, -3.0], b"", id="no checksum"),
+            pytest.param([-1.0, -2.0, -3.0], 7, id="a number for a checksum"),
+            pytest.param("x" * 12, None, id="text"),
+            pytest.param(b"\xff" * 12, "x", id="text for a checksum"),
+            pytest.param(123456789012, None, id="an integer"),
+            pytest.param(bytes(10**8), None, id="a hundred megabytes"),
+        ],
+    )
+    def test_is_scored_anew_and_replaced(self, filled, path, caplog, numbers, checksum):
+        """`checksum`: `True` for the right one, a key for that of another row, `None` for what was stored."""
+        key = row_key(*self.PAIRS[0])
+        logps = torch.tensor(numbers).numpy().tobytes() if isinstance(numbers, list) else numbers
+        if checksum is True or checksum == self.OTHER:
+            checksum = room._row_checksum(key if checksum is True else checksum, logps)
+        self.spoil(
+            path, "UPDATE logps SET logps = ?, checksum = ifnull(?, checksum) WHERE key = ?", logps, checksum, key
+        )
+        for _ in range(2):
+            assert tokens(filled.score(read(*batch(self.PAIRS))), self.PAIRS) == expected(self.PAIRS)
+        assert filled.wrapped.num_rows == 1 and (filled.hits, filled.misses, filled.damaged) == (5, 1, 1)
+        assert sum("1 of 3 rows in" in text and "scored anew and replaced" in text for text in caplog.messages) == 1
+        assert len(filled.cache) == 3
+        offline = CachedScorer(None, path, temperature=1.0)
+        assert tokens(offline.score(read(*batch(self.PAIRS))), self.PAIRS) == expected(self.PAIRS)
+
+    def test_without_a_model_is_one_error(self, filled, path):
+        self.spoil(path, "UPDATE logps SET checksum = ? WHERE key = ?", b"", row_key(*self.PAIRS[0]))
+        offline = CachedScorer(None, path, temperature=1.0)
+        with pytest.raises(OSError, match="1 of 3 rows in .* are damaged: .* no model to score them. Score them anew"):
+            offline.score(read(*batch(self.PAIRS)))
+        rows = read(*batch(self.PAIRS[1:]))
+        assert tokens(offline.score(rows), self.PAIRS[1:]) == expected(self.PAIRS[1:])
+
+    def test_is_reported_once(self, filled, path, caplog):
+        for _ in range(3):
+            self.spoil(path, "UPDATE logps SET checksum = ? WHERE key = ?", b"", row_key(*self.PAIRS[0]))
+            filled.score(read(*batch(self.PAIRS)))
+        assert filled.damaged == 3 and sum("are damaged" in text for text in caplog.messages) == 1
+
+    def test_of_a_row_that_another_process_has_replaced(self, filled, path):
+        key = row_key(*self.PAIRS[0])
+        filled.cache.write({key: torch.tensor([-7.0] * 3)}, {key})  # which is whole
+        assert filled.cache.read({key: 3})[0][key].tolist() == expected(self.PAIRS[:1])[0]
+
+    @pytest.mark.parametrize(
+        ("statement", "value"),
+        [
+            ("UPDATE model SET identity = ?", "{}"),
+            ("UPDATE model SET identity = ?", '{"name": "org/teachfr", "revision": "abc", "weights": "0123abcd"}'),
+            ("UPDATE model SET identity = ?", b"\xff\xfe"),
+            ("UPDATE model SET temperature = ?", 0.5),
+            ("UPDATE model SET temperature = ?", "warm"),
+            ("UPDATE model SET checksum = ?", 0),
+            ("DELETE FROM model WHERE 1 = ?", 1),
+            ("INSERT INTO model SELECT * FROM model WHERE 1 = ?", 1),
+        ],
+    )
+    @pytest.mark.parametrize("identity", [MODEL, None])
+    def test_of_what_the_file_says_it_holds(self, filled, path, identity, statement, value):
+        self.spoil(path, statement, value)
+        with pytest.raises(OSError, match="does not tell which model it holds. It is damaged: delete it and score"):
+            LogprobCache(path, temperature=1.0, identity=identity)
+
+    @pytest.mark.parametrize(
+        "statements",
+        [
+            ["DROP TABLE logps"],
+            ["DROP TABLE model", "CREATE TABLE model (identity, temperature, checksum)"],
+            # as reading it would never end
+            [
+                "DROP TABLE logps",
+                "CREATE VIEW logps AS WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) "
+                "SELECT n AS key, n AS logps, n AS checksum FROM r",
+            ],
+            ["CREATE TRIGGER t AFTER INSERT ON logps BEGIN DELETE FROM logps; END"],
+        ],
+    )
+    def test_other_tables_than_were_made_are_refused(self, filled, path, statements):
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            for statement in statements:
+                connection.execute(statement)
+        for identity in (MODEL, None):
+            with pytest.raises(OSError, match="does not tell which model it holds"):
+                LogprobCache(path, temperature=1.0, identity=identity)
+
+    @pytest.mark.parametrize("identity", [MODEL, None])
+    def test_of_an_earlier_version(self, path, identity):
+        path.parent.mkdir()
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            connection.execute(f"PRAGMA application_id = {room.APPLICATION_ID}")
+            connection.execute("PRAGMA user_version = 1")
+            connection.execute("CREATE TABLE model (identity TEXT NOT NULL, temperature REAL NOT NULL)")
+            connection.execute("CREATE TABLE logps (key BLOB PRIMARY KEY, logps BLOB NOT NULL)")
+        with pytest.raises(ValueError, match="by an earlier version, whose rows had no checksums.* delete it and"):
+            LogprobCache(path, temperature=1.0, identity=identity)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.5])
+    def test_what_is_no_log_probability_is_not_stored(self, filled, value):
+        with pytest.raises(ValueError, match="1 of 2 rows for .* have NaN or numbers above 0"):
+            filled.cache.write({b"a": torch.tensor([-1.0]), b"b": torch.tensor([-1.0, value])})
+        assert len(filled.cache) == 3
+
+    def test_is_counted_in_training(self, make, tmp_path, caplog):
+        options = {"logprob_cache_dir": str(tmp_path / "cache")}
+        first = make(**options)
+        first.train()
+        assert logged(first, "gopd/cache_damaged_rows") == [0.0]
+        statement = "UPDATE logps SET checksum = ? WHERE key = (SELECT min(key) FROM logps)"
+        self.spoil(tmp_path / "cache" / "teacher.sqlite3", statement, b"")
+        second = make(**options)
+        second.train()
+        assert second.losses == pytest.approx(first.losses, rel=1e-4)  # one row was scored in another batch
+        assert logged(second, "gopd/cache_damaged_rows") == [1.0]
+        assert logged(second, "gopd/cache_hit_share") == [7 / 8]  # of the teacher and of the reference
+        assert sum("are damaged" in text for text in caplog.messages) == 1
+
+
+class TestNetworkFileSystem:
+    """Of several nodes, each needs a file on a disk of its own."""
+
+    @pytest.fixture
+    def mounted(self, monkeypatch, tmp_path):
+        def mount(kind, device=None):
+            number = tmp_path.stat().st_dev if device is None else device
+            mounts = tmp_path / "mountinfo"
+            mounts.write_text(
+                "21 28 0:19 / /proc rw,nosuid shared:12 - proc proc rw\n"
+                f"36 28 {os.major(number)}:{os.minor(number)} / /a\\040b rw shared:1 master:2 - {kind} host:/b rw\n"
+                "broken\n"
+            )
+            monkeypatch.setattr(room, "MOUNTS", mounts)
+
+        return mount
+
+    @pytest.mark.parametrize(
+        "kind", ["nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "beegfs", "ceph", "9p", "fuse.sshfs"]
+    )
+    def test_is_not_written_to(self, mounted, path, kind):
+        mounted(kind)
+        with pytest.raises(OSError, match=rf"on a network file system \({kind}\), .* each node needs a file of its"):
+            CachedScorer(Fake(), path, temperature=1.0)
+        assert not path.parent.exists()
+
+    def test_may_be_read(self, cached, mounted, path):
+        want = cached.score(read(*batch([([1], [2])])))
+        mounted("nfs4")
+        assert torch.equal(CachedScorer(None, path, temperature=1.0).score(read(*batch([([1], [2])]))), want)
+
+    @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "overlay", "tmpfs", "fuseblk", "fuse.fuse-overlayfs"])
+    def test_disks_are_none(self, mounted, path, kind):
+        mounted(kind)
+        assert network_file_system(path) is None
+
+    def test_another_mount_does_not_count(self, mounted, path):
+        mounted("nfs4", device=os.makedev(0, 9999))
+        assert network_file_system(path) is None
+
+    def test_where_it_is_not_known(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(room, "MOUNTS", tmp_path / "missing")
+        assert network_file_system(tmp_path) is None
+
+    def test_here(self, tmp_path):
+        assert network_file_system(tmp_path / "a" / "b") is None

@@ -133,3 +133,50 @@ def test_mapped_ends_and_tools(tmp_path):
     check_arguments(args, uses_tools=False)
     with pytest.raises(ValueError, match="`gopd_eos_mismatch='map'` .* with tools"):
         check_arguments(args, uses_tools=True)
+
+
+TEXT = {"role": "user", "content": "x"}
+
+
+class TestPrompts:
+    @pytest.mark.parametrize(
+        "prompt",
+        [
+            "x",
+            "\x00\x1b\u2028 \U0001f600",
+            [TEXT],
+            [{**TEXT, "content": [{"type": "text", "text": "x"}]}],
+            [TEXT, {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}],
+            [{**TEXT, "content": ""}],
+        ],
+    )
+    def test_what_is_one(self, prompt):
+        check_rows([{"prompt": prompt}])
+
+    @pytest.mark.parametrize(
+        ("prompt", "reason"),
+        [
+            (None, "neither a string nor a list of at least one message"),
+            ([], "neither a string nor a list of at least one message"),
+            (("x",), "neither a string"),
+            (["a", "b"], "message 0 is no dictionary with a `role`"),
+            ([1, 2], "message 0 is no dictionary with a `role`"),
+            ([TEXT, {}], "message 1 is no dictionary with a `role`"),
+            ([[TEXT]], "message 0 is no dictionary with a `role`"),
+            ([{"role": 3, "content": "x"}], "message 0 is no dictionary with a `role`"),
+            ([{"role": "user", "content": None}], "the `content` of message 0 is no text"),
+            ([{"role": "user", "content": 5}], "the `content` of message 0 is no text"),
+            ([{"role": "user", "content": [{"type": "image"}]}], "the `content` of message 0 is no text"),
+            ("ab\ud800", "character 2 is a half of a character"),
+            ([{"role": "user", "content": "\udfff"}], "character 0 is a half of a character"),
+        ],
+    )
+    def test_what_is_none(self, prompt, reason):
+        with pytest.raises(ValueError, match=f"in row 1 of the batch: .*{reason}.* Correct the row, or leave it out"):
+            check_rows([{"prompt": "x"}, {"prompt": prompt}])
+
+    def test_strings_among_messages(self):
+        with pytest.raises(
+            ValueError, match=r"`prompt` is 'x' in row 1 of the batch and \[.* in row 0. Give all rows"
+        ):
+            check_rows([{"prompt": [TEXT]}, {"prompt": "x"}])

@@ -202,6 +202,16 @@ class TestSkip:
         assert is_same(steps.before[0], steps.after[0]) and not is_same(steps.before[1], steps.after[1])
         assert "The norm of the gradient is inf" in caplog.text and "step 1 is left out" in caplog.text
 
+    def test_only_finite_numbers_are_logged(self, make, tmp_path):
+        class Overflowing(Recording):
+            def _compute_loss(self, model, inputs):
+                return super()._compute_loss(model, inputs) * (1e38 if self.state.global_step == 0 else 1.0)
+
+        trainer = make(Overflowing, gopd_nonfinite="skip", max_steps=2, save_strategy="steps", save_steps=2)
+        trainer.train()
+        text = (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text()
+        assert "NaN" not in text and "Infinity" not in text and len(logged(trainer, "grad_norm")) == 1
+
     def test_the_schedule_of_lambda_does_not_see_it(self, make):
         options = {"gopd_lambda_schedule": "adaptive", "gopd_lambda": 2.0, "gopd_nonfinite": "skip"}
         trainer = make(Poisoned, per_device_train_batch_size=1, gradient_accumulation_steps=4, **options)
@@ -245,6 +255,33 @@ class TestRewards:
         trainer = self.build(make, value)
         trainer.train()
         assert not is_untouched(trainer, models)
+
+
+class TestWeights:
+    """A step can be taken with finite numbers and lead to weights that are not."""
+
+    def test_they_are_not_saved(self, make, tmp_path):
+        trainer = make(learning_rate=1e38, lr_scheduler_type="constant", save_strategy="steps", save_steps=1)
+        trainer.model.lm_head.weight.register_hook(lambda grad: grad + 100)
+        with pytest.raises(FloatingPointError, match="weights of the student, lm_head.weight for one, .* step 1, so"):
+            trainer.train()
+        assert not list((tmp_path / "out").glob("checkpoint-*/model*"))
+
+    def test_nor_at_the_end(self, make, tmp_path):
+        trainer = make()
+        with torch.no_grad():
+            trainer.model.lm_head.weight[3, 1] = torch.nan
+        with pytest.raises(FloatingPointError, match="lm_head.weight for one, are not finite.*Lower `learn"):
+            trainer.save_model(str(tmp_path / "last"))
+        assert not (tmp_path / "last").exists()
+
+    def test_weights_that_are_not_trained_are_not_looked_at(self, make, tmp_path):
+        trainer = make()
+        trainer.model.lm_head.weight.requires_grad_(False)
+        with torch.no_grad():
+            trainer.model.lm_head.weight[3, 1] = torch.inf
+        trainer.save_model(str(tmp_path / "last"))
+        assert (tmp_path / "last" / "model.safetensors").exists()
 
 
 def test_ids_outside_the_vocabulary_stay_out_of_the_loss(make, models, tokenizer, tmp_path):

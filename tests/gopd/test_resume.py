@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerState
 
 from tests.gopd.harness import Keeping, Recording, load
+from trl_gopd.gopd.checkpoints import begin, problem, rotate, write_manifest
 from trl_gopd.gopd.trainer import GOPDTrainer
 
 
@@ -63,8 +64,8 @@ def test_missing_rollouts_are_named(make, tmp_path):
     options = {**SAVING, "steps_per_generation": 2, "per_device_train_batch_size": 2, "max_steps": 2}
     make(**options).train()
     folder = tmp_path / "out" / "checkpoint-1"
-    for name in ("gopd_rollouts_0.pt", "gopd_manifest.json"):
-        (folder / name).unlink()
+    (folder / "gopd_rollouts_0.pt").unlink()
+    write_manifest(folder)
     with pytest.raises(ValueError, match="gopd_rollouts_0.pt is missing.*Resume from another checkpoint"):
         make(**options).train(resume_from_checkpoint=str(folder))
 
@@ -80,7 +81,7 @@ def test_what_is_ours_comes_first_and_the_manifest_last(make, tmp_path, monkeypa
     monkeypatch.setattr(TrainerState, "save_to_json", saving)
     make(**SAVING).train()
     make(**SAVING).train()  # into the same folder, where the first one's manifest would speak of other files
-    assert seen == [["gopd_state.json"]] * 2
+    assert seen == [["gopd_state.json", "gopd_unfinished"]] * 2
     manifest = json.loads((tmp_path / "out" / "checkpoint-1" / "gopd_manifest.json").read_text())
     assert {"trainer_state.json", "gopd_state.json", "optimizer.pt", "rng_state.pth"} <= manifest["files"].keys()
 
@@ -150,3 +151,108 @@ def test_skipped_steps_go_on_being_counted(make):
     resumed = make(Recording, **SAVING, gopd_nonfinite="skip", max_steps=2)
     resumed.train(resume_from_checkpoint=True)
     assert resumed._guard.skipped_steps == 3
+
+
+def test_older_checkpoints_go_only_when_the_new_one_is_whole(make, tmp_path, monkeypatch):
+    from trl_gopd.gopd import state
+
+    seen = []
+
+    def rotating(newest, **options):
+        seen.append((problem(newest), sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))))
+        rotate(newest, **options)
+
+    monkeypatch.setattr(state, "rotate", rotating)
+    trainer = make(**SAVING, max_steps=3, save_total_limit=1)
+    trainer.train()
+    assert seen == [(None, [f"checkpoint-{n}" for n in (step - 1, step) if n]) for step in (1, 2, 3)]
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert trainer.args.save_total_limit == 1
+
+
+def test_a_full_disk_is_named_and_the_checkpoint_before_it_stays(make, tmp_path, monkeypatch):
+    whole = make(**SAVING, max_steps=3, save_total_limit=1)
+    whole.train()
+    save = torch.save
+
+    def full(value, path, *args, **kwargs):
+        if "checkpoint-2" in str(path) and "scheduler" in str(path):
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+        save(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    options = {**SAVING, "max_steps": 3, "save_total_limit": 1, "output_dir": str(tmp_path / "other")}
+    with pytest.raises(OSError, match=r"checkpoint-2 could not be written, .* \d+ free bytes \(Runtime.*go"):
+        make(**options).train()
+    monkeypatch.undo()
+    resumed = make(**options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.losses == whole.losses[1:]
+
+
+def test_a_kill_in_the_first_checkpoint_starts_the_run_anew(make, tmp_path, caplog):
+    whole = make(**SAVING, max_steps=2)
+    whole.train()
+    begin(tmp_path / "new" / "checkpoint-1")
+    resumed = make(**SAVING, max_steps=2, output_dir=str(tmp_path / "new"))
+    with caplog.at_level(logging.WARNING, "trl_gopd"):
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed.losses == whole.losses and "so it starts anew" in caplog.text
+
+
+def test_a_folder_without_checkpoints_is_likely_a_mistake(make):
+    with pytest.raises(ValueError, match="There is no checkpoint in .* Check `output_dir`"):
+        make(**SAVING).train(resume_from_checkpoint=True)
+
+
+def test_a_best_model_that_is_damaged_is_not_loaded(make, tmp_path, prompts):
+    class Damaging(Recording):
+        def evaluate(self, *args, **kwargs):
+            return {"eval_loss": 1.0 + self.state.global_step}  # the first is the best
+
+        def log(self, logs, *args):
+            if "train_runtime" in logs:
+                with (tmp_path / "out" / "checkpoint-1" / "model.safetensors").open("r+b") as file:
+                    file.seek(-1, 2)
+                    file.write(b"\x01")
+            super().log(logs, *args)
+
+    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "eval_dataset": prompts}
+    options["metric_for_best_model"] = "loss"
+    with pytest.raises(ValueError, match="checkpoint-1 is not whole: model.safetensors has another content"):
+        make(Damaging, **SAVING, max_steps=2, **options).train()
+
+
+def test_a_start_that_is_damaged_is_named(make, models, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    from tests.tiny import LORA
+
+    def student():
+        torch.manual_seed(0)
+        return get_peft_model(load(models / "student"), LoraConfig(**LORA, init_lora_weights=False))
+
+    make(model=student(), **SAVING).train()
+    path = tmp_path / "out" / "checkpoint-1" / "gopd_start.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="gopd_start.safetensors has .* bytes instead of"):
+        make(model=student(), **SAVING).train(resume_from_checkpoint=str(path.parent))
+    write_manifest(path.parent)
+    with pytest.raises(ValueError, match="gopd_start.safetensors is damaged .*Resume from another checkpoint"):
+        make(model=student(), **SAVING).train(resume_from_checkpoint=str(path.parent))
+
+
+def test_two_runs_in_one_folder(make, tmp_path):
+    from tests.faults.processes import forked
+
+    def other():
+        make(**SAVING).train()
+
+    class Meeting(Recording):
+        def training_step(self, *args, **kwargs):
+            self.met = forked(other).error
+            return super().training_step(*args, **kwargs)
+
+    trainer = make(Meeting, **SAVING)
+    trainer.train()
+    assert "is training in" in str(trainer.met) and problem(tmp_path / "out" / "checkpoint-1") is None

@@ -32,6 +32,18 @@ class TestStoredCompletions:
         with pytest.raises(ValueError, match=f"each of the 1 `completion_ids` in row 1 of the batch, {size}"):
             stored_completions(rows, max_length=3)
 
+    @pytest.mark.parametrize(
+        "value", [float("nan"), float("inf"), -float("inf"), 0.5, "-1", None, [-1.0], True, -1e300, 10**400]
+    )
+    def test_log_probabilities_that_are_none(self, value):
+        rows = [{**ROWS[0], "sampling_per_token_logps": LOGPS[0]}, {**ROWS[1], "sampling_per_token_logps": [value]}]
+        with pytest.raises(ValueError, match="finite numbers of at most 0, .* in row 1 of the batch. Correct the row"):
+            stored_completions(rows, max_length=3)
+
+    def test_certain_tokens_and_whole_numbers_are_allowed(self):
+        rows = [{**ROWS[1], "sampling_per_token_logps": [value]} for value in (0, -3, 1e-6, -1e30)]
+        assert stored_completions(rows, max_length=3)[1] == [[0], [-3], [1e-6], [-1e30]]
+
     def test_trainer_takes_them_for_sampled_ones(self, make, models, tokenizer, prompts):
         """At the seam that the trainer has to use: rows in, in the order of the prompts."""
 

@@ -228,3 +228,15 @@ def local_scorer():
     from accelerate import Accelerator
 
     return LocalScorer(build("scale"), accelerator=Accelerator(cpu=True), **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "value", [1e300, 10**400, float("nan"), -1.0, "1", None, True, [1.0]], ids=lambda v: str(v)[:9]
+)
+def test_a_lambda_that_is_none_names_its_row(models, value):
+    from trl_gopd.gopd.config import GOPDConfig
+    from trl_gopd.gopd.frozen.routing import Routing
+
+    routing = Routing("teacher", "reference", GOPDConfig("out", use_cpu=True, bf16=False))
+    with pytest.raises(ValueError, match="`lambda` must be a finite number >= 0, got .* 'x'. Correct the row"):
+        routing.rows([{"prompt": "x", "lambda": value}])

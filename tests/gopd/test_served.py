@@ -7,6 +7,7 @@ import json
 import logging
 import socket
 import threading
+import zipfile
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,10 +16,12 @@ import torch
 from accelerate import Accelerator
 
 from tests.gopd.harness import assert_gradient, load, log_probs, logged, read
+from tests.gopd.stub_server import drop, edited, late_server, stub_server
 from tests.tiny import build_tokenizer
-from trl_gopd.gopd.frozen import served
+from trl_gopd.gopd.frozen import http, served
+from trl_gopd.gopd.frozen.http import ClientOptions
 from trl_gopd.gopd.frozen.local import LocalScorer
-from trl_gopd.gopd.frozen.served import ServedScorer, is_url
+from trl_gopd.gopd.frozen.served import ServedScorer
 from trl_gopd.gopd.schedules import LambdaSchedule
 from trl_gopd.gopd.state import read_state, write_state
 
@@ -38,6 +41,7 @@ class Server(ThreadingHTTPServer):
         self.edit = lambda choices: choices
         self.status, self.hangs, self.drops, self.most = 200, False, 0, None
         self.requests, self.released = [], threading.Event()
+        self.prefix, self.heard = "", set()  # of paths, and headers that say who asks
 
     @property
     def error(self):
@@ -65,7 +69,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append(payload)
-        assert self.path == "/v1/completions" and payload["max_tokens"] == 1
+        self.server.heard.add(self.headers["Authorization"])
+        path = self.path.partition("?")[0]
+        assert path == self.server.prefix + "/v1/completions" and payload["max_tokens"] == 1
         if self.server.hangs:
             self.server.released.wait(10)
         if self.server.drops:
@@ -114,11 +120,14 @@ def another(models):
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(served, "RETRY_DELAYS", (0.0, 0.0))
+    monkeypatch.setattr(http, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(served, "START_SECONDS", 0.03)
 
 
 def scorer(server, **kwargs):
-    options = {"temperature": 1.0, "role": "teacher_model", "batch_size": 2, "timeout": 30.0, **kwargs}
+    client = {name: kwargs.pop(name) for name in ClientOptions.__annotations__ if name in kwargs}
+    options = {"temperature": 1.0, "role": "teacher_model", "batch_size": 2, **kwargs}
+    options["options"] = ClientOptions(**{"timeout": 30.0, "patience": 0.1, **client})
     return ServedScorer(server if isinstance(server, str) else server.url, **options)
 
 
@@ -345,13 +354,7 @@ class TestScore:
         assert scorer(server).context == 255
 
 
-class TestAddress:
-    @pytest.mark.parametrize(
-        ("given", "expected"), [("http://a", True), ("https://a/b", True), ("a/b", False), (None, False), (3, False)]
-    )
-    def test_is_url(self, given, expected):
-        assert is_url(given) is expected
-
+class TestModelName:
     @pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/"])
     def test_the_first_model_by_default(self, server, ending):
         assert scorer(server.url + ending).model == "served"
@@ -467,14 +470,8 @@ class TestFailures:
             scorer(server)
         server.edit = lambda choices: None
         server.names = ["served"]
-        with pytest.raises(RuntimeError, match="without a list of `choices`: .*null.* has to be vLLM's"):
+        with pytest.raises(RuntimeError, match="without a list of `choices`: .*None.* has to be vLLM's"):
             scorer(server)
-
-    def test_an_error_of_the_server_is_shown_once(self, server, batch):
-        teacher = scorer(server)
-        server.status = 500
-        with pytest.raises(RuntimeError, match="/v1/completions answered HTTP 500: .*out of memory"):
-            teacher.score(read(*batch))
 
     def test_timeout(self, server, batch):
         teacher = scorer(server, timeout=0.3)
@@ -488,21 +485,185 @@ class TestFailures:
         server.drops = 2
         assert torch.equal(teacher.score(read(*batch)), want)
         assert sum("trying again" in text for text in caplog.messages) == 2
-        server.drops = 3
-        with pytest.raises(ConnectionError, match="after 3 attempts"):
+        server.drops = 1000
+        with pytest.raises(ConnectionError, match=r"cannot be reached \(.*after \d+ attempts.*Check that the server"):
             teacher.score(read(*batch))
 
     def test_nobody_listens(self):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             url = f"http://127.0.0.1:{free.getsockname()[1]}"
-            with pytest.raises(
-                ConnectionError, match=f"{url} cannot be reached after 3 attempts.*Check that the server"
-            ):
+            with pytest.raises(ConnectionError, match=f"{url} cannot be reached .*Check that the server runs"):
                 scorer(url)
+
+
+class TestRestarts:
+    """A server that goes away and comes back while a run asks it."""
+
+    @pytest.fixture
+    def stub(self):
+        with stub_server() as stub:
+            yield stub
+
+    def test_is_waited_for(self, batch):
+        with stub_server() as first:
+            teacher = scorer(first, patience=30.0)
+            want = teacher.score(read(*batch))
+            port = first.server_port
+        with late_server(port, 0.3) as later:
+            assert torch.equal(teacher.score(read(*batch)), want)
+        assert later[0].requests[0][0] == "/v1/models"
+
+    @pytest.mark.parametrize(
+        "cards",
+        [
+            [],
+            [{"id": "other", "root": "org/teacher", "max_model_len": 256}],
+            [{"id": "served", "root": "org/other", "max_model_len": 256}],
+            [{"id": "served", "root": "org/teacher", "max_model_len": 8}],
+        ],
+    )
+    def test_with_another_model_is_refused(self, stub, batch, cards):
+        teacher = scorer(stub, patience=30.0)
+        stub.script.append(drop)
+        stub.cards = cards
+        with pytest.raises(
+            RuntimeError, match=f"^{stub.url} was away and has come back with the models .*'served' as it"
+        ):
+            teacher.score(read(*batch))
+
+    def test_an_answer_of_another_model_is_refused(self, stub, batch):
+        teacher = scorer(stub)
+        stub.always = edited(lambda answer: answer | {"model": "other"})
+        with pytest.raises(RuntimeError, match="answered with the model 'other' instead of 'served'"):
+            teacher.score(read(*batch))
+
+    def test_another_name_of_the_model_is_not(self, stub, batch):
+        stub.cards = [{"id": "served", "root": "org/teacher"}, {"id": "alias", "root": "org/teacher"}]
+        teacher = scorer(stub.url + "#alias")
+        stub.always = edited(lambda answer: answer | {"model": "served"})
+        assert teacher.score(read(*batch)).isfinite().all()
+
+    def test_training_goes_on(self, make, server):
+        """The run after it is the one without."""
+        server.root = "nowhere"
+        plain = make(teacher_model=server.url, max_steps=2)
+        plain.train()
+        trainer = make(teacher_model=server.url, max_steps=2)
+        server.drops = 2
+        trainer.train()
+        assert server.drops == 0 and trainer.losses == plain.losses
+
+
+class TestSecrets:
+    WORDS = ("us3r", "pa55word", "t0ken", "s3cret", "sk-k3y", "dXMzcjpwYTU1d29yZA==")  # the last is of us3r:pa55word
+
+    @pytest.mark.parametrize("is_option", [True, False])
+    def test_no_file_and_no_log_has_any(self, make, server, tmp_path, monkeypatch, caplog, capfd, is_option):
+        monkeypatch.setenv("GOPD_SERVED_API_KEY", "sk-k3y")
+        with_user = server.url.replace("//", "//us3r:pa55word@") + "/t0ken?key=s3cret"
+        with_key = server.url + "/t0ken/v1/?key=s3cret"
+        given = {"teacher_model_name_or_path": with_user, "ref_model_name_or_path": with_key} if is_option else {}
+        models = {"teacher_model": None} if is_option else {"teacher_model": with_user, "ref_model": with_key}
+        server.prefix = "/t0ken"
+        server.drops = 1
+        saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "log_completions": True}
+        options = {"logprob_cache_dir": str(tmp_path / "cache"), "served_teacher_patience": 30.0, **given, **models}
+        with caplog.at_level(logging.DEBUG):
+            trainer = make(**saving, **options)
+            trainer.train()
+            trainer.save_model()
+            trainer.create_model_card()
+            print(trainer.args)
+        assert server.heard == {"Basic dXMzcjpwYTU1d29yZA==", "Bearer sk-k3y"}
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        names = {path.name for path in files}
+        wanted = {"training_args.bin", "gopd_state.json", "README.md", "teacher.sqlite3", "reference.sqlite3"}
+        assert wanted <= names and "trainer_state.json" in names
+        printed = capfd.readouterr()
+        texts = {str(path): read_all(path) for path in files}
+        texts |= {"logs": "\n".join(caplog.messages).encode(), "printed": (printed.out + printed.err).encode()}
+        assert all(word.encode() not in text for word in self.WORDS for text in texts.values()), [
+            (word, name) for name, text in texts.items() for word in self.WORDS if word.encode() in text
+        ]
+        assert any(server.url.removeprefix("http://").encode() in text for text in texts.values())
+
+    def test_a_run_is_resumed_with_another_secret(self, make, server):
+        server.prefix = "/t0ken"
+        options = {"save_strategy": "steps", "save_steps": 1}
+        make(teacher_model=server.url + "/t0ken", max_steps=1, **options).train()
+        again = make(teacher_model=server.url + "/t0ken?key=an0ther", max_steps=2, **options)
+        again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == 2
+
+    @pytest.mark.parametrize(
+        ("url", "message"),
+        [
+            ("http://us3r:pa55word@", "The address of `teacher_model` cannot be used: it is no address of the form"),
+            ("http://us3r:pa55word@host:t0ken", "it is no address of the form"),
+            ("http://us3r:pa55/word@host", "it is no address of the form"),
+            ("http://<redacted>@host", "its secrets were left out when a configuration was saved. Give the whole"),
+        ],
+    )
+    def test_an_address_that_is_none(self, make, url, message):
+        with pytest.raises(ValueError, match=message) as info:
+            make(teacher_model=url)
+        assert not any(word in str(info.value) for word in ("pa55", "word", "t0ken"))
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"gopd_estimator": "full"},
+            {"gopd_estimator": "stratified"},
+            {"ref_model_revision": "v2"},
+        ],
+    )
+    def test_refused_options_do_not_show_it(self, make, server, options):
+        url = server.url.replace("//", "//us3r:pa55word@") + "/t0ken?key=s3cret"
+        with pytest.raises(ValueError, match=r"http://<redacted>@127.0.0.1:\d+/<redacted>") as info:
+            make(ref_model=url, **options)
+        assert not any(word in str(info.value) for word in self.WORDS)
+
+    def test_what_is_not_finite_does_not_show_it(self):
+        from trl_gopd.gopd.nonfinite import _label
+
+        assert _label("teacher_model", None, "http://us3r:pa55word@host/t0ken") == (
+            "`teacher_model` (http://<redacted>@host/<redacted>)"
+        )
+
+
+def read_all(path):
+    """The content of a file, of archives that of their files."""
+    content = path.read_bytes()
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            content += b"".join(archive.read(name) for name in archive.namelist())
+    return content
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan")])
 def test_timeout_is_checked(make, seconds):
     with pytest.raises(ValueError, match=f"`served_teacher_timeout` must be positive and finite, got {seconds}. Use"):
         make(served_teacher_timeout=seconds)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"served_teacher_patience": -1.0}, "`served_teacher_patience` must be finite and >= 0, got -1.0. Use 600"),
+        ({"served_teacher_patience": float("nan")}, "got nan. Use 600"),
+        (
+            {"served_teacher_verify": False, "served_teacher_ca_bundle": "ca.pem"},
+            "`served_teacher_ca_bundle='ca.pem'` has no meaning with `served_teacher_verify=False`",
+        ),
+    ],
+)
+def test_options_are_checked(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_a_key_in_the_place_of_its_variable_is_not_shown(make):
+    with pytest.raises(ValueError, match="must be the name of an environment variable") as info:
+        make(served_teacher_api_key_variable="sk-secret-value")
+    assert "sk-secret-value" not in str(info.value)

@@ -9,6 +9,7 @@ How one frozen model is told from another, and what a checkpoint holds beside wh
 
 import json
 import logging
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +18,18 @@ from safetensors.torch import save_file
 from torch import nn
 
 from trl_gopd.digests import config_digest, parameters_digest
-from trl_gopd.gopd.checkpoints import MANIFEST, problem, whole_checkpoint, write_manifest
-from trl_gopd.gopd.frozen.cached import LogprobCache
+from trl_gopd.files import checksum
+from trl_gopd.gopd.checkpoints import (
+    LARGEST,
+    MANIFEST,
+    UNFINISHED,
+    begin,
+    problem,
+    rotate,
+    whole_checkpoint,
+    write_manifest,
+)
+from trl_gopd.gopd.frozen.cache_file import LogprobCache
 from trl_gopd.gopd.frozen.identity import is_same_identity, weights_digest
 from trl_gopd.gopd.schedules import LambdaSchedule
 from trl_gopd.gopd.state import read_state, write_state
@@ -170,13 +181,58 @@ class TestStateFile:
         with pytest.raises(ValueError, match="gopd_state.json is damaged .*Resume from another checkpoint"):
             read_state(tmp_path, MODELS, LambdaSchedule())
 
-    @pytest.mark.parametrize("observed", [{}, {"ratio": "x", "trust": 1, "start_lengths": []}, []])
+    @pytest.mark.parametrize(
+        "observed",
+        [
+            {},
+            [],
+            {"ratio": "x", "trust": 1, "start_lengths": []},
+            {"ratio": float("nan"), "trust": 1.0, "start_lengths": []},
+            {"ratio": float("inf"), "trust": 1.0, "start_lengths": []},
+            {"ratio": True, "trust": 1.0, "start_lengths": []},
+            {"ratio": 1.0, "trust": 1.5, "start_lengths": []},
+            {"ratio": 1.0, "trust": 1.0, "start_lengths": [float("nan")]},
+            {"ratio": 1.0, "trust": 1.0, "start_lengths": {"5.0": 1}},
+            {"ratio": 1.0, "trust": 1.0, "start_lengths": ["5"]},
+            {"ratio": 1.0, "trust": 1.0, "start_lengths": [5.0] * 11},
+        ],
+    )
     def test_a_damaged_schedule(self, tmp_path, observed):
         write_state(tmp_path, MODELS, LambdaSchedule())
         state = json.loads((tmp_path / "gopd_state.json").read_text()) | {"lambda_schedule": observed}
         (tmp_path / "gopd_state.json").write_text(json.dumps(state))
         with pytest.raises(ValueError, match="gopd_state.json is damaged"):
             read_state(tmp_path, MODELS, LambdaSchedule())
+
+    @pytest.mark.parametrize("name", ["micro_step", "skipped_steps", "skipped_in_a_row", "format"])
+    @pytest.mark.parametrize("value", [-1, 1.5, float("nan"), True, "2", None, [], 2**70])
+    def test_damaged_counts(self, tmp_path, name, value):
+        write_state(tmp_path, MODELS, LambdaSchedule(), micro_step=2)
+        state = json.loads((tmp_path / "gopd_state.json").read_text()) | {name: value}
+        (tmp_path / "gopd_state.json").write_text(json.dumps(state))
+        with pytest.raises(ValueError, match=f"gopd_state.json is damaged .*`{name}`.*Resume from another checkpoint"):
+            read_state(tmp_path, MODELS, LambdaSchedule())
+
+    @pytest.mark.parametrize(
+        "change", ['{"a":' * 10**5, '{"teachers": 1e999}', "\ud800".encode("utf-8", "surrogatepass")]
+    )
+    def test_hostile_text(self, tmp_path, change):
+        (tmp_path / "gopd_state.json").write_bytes(change if isinstance(change, bytes) else change.encode())
+        with pytest.raises(ValueError, match="gopd_state.json is damaged .*Resume from another checkpoint"):
+            read_state(tmp_path, MODELS, LambdaSchedule())
+
+    @pytest.mark.parametrize("name", ["weights", "config"])
+    def test_a_checksum_that_is_none(self, tmp_path, name):
+        state = {"teachers": {"": {**BASE, name: {"a": 1}}}, "references": {}, "lambda_schedule": {}}
+        (tmp_path / "gopd_state.json").write_text(json.dumps(state))
+        with pytest.raises(ValueError, match="gopd_state.json is damaged .*a checksum is no text"):
+            read_state(tmp_path, MODELS, LambdaSchedule())
+
+    def test_an_earlier_version_wrote_less(self, tmp_path):
+        text = json.dumps({**MODELS, "lambda_schedule": LambdaSchedule().state_dict()})
+        (tmp_path / "gopd_state.json").write_text(text)
+        saved = read_state(tmp_path, MODELS, LambdaSchedule())
+        assert (saved["format"], saved["micro_step"], saved["skipped_steps"], saved["settings"]) == (1, 0, 0, {})
 
     def test_a_partial_checksum_is_said(self, tmp_path, caplog):
         before = {"teachers": {"": {**BASE, "weights": "0123abcd"}}, "references": {}}
@@ -188,13 +244,18 @@ class TestStateFile:
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    def build(step):
+    def build(step, *, of_an_earlier_version=False):
         folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
+        begin(folder)
         save_file({"w": torch.arange(99.0)}, folder / "model.safetensors")
         torch.save({"state": torch.arange(99.0)}, folder / "optimizer.pt")
         write_state(folder, MODELS, LambdaSchedule())
         (folder / "trainer_state.json").write_text('{"global_step": 1}')
+        if of_an_earlier_version:
+            (folder / UNFINISHED).unlink()
+            state = json.loads((folder / "gopd_state.json").read_text())
+            del state["format"]
+            (folder / "gopd_state.json").write_text(json.dumps(state, indent=1) + "\n")
         return folder
 
     return build
@@ -227,8 +288,8 @@ class TestWhole:
         assert problem(folder) == f"{name} is missing"
 
     @pytest.mark.parametrize("name", NAMES)
-    def test_without_one(self, checkpoint, name):
-        folder = checkpoint(1)
+    def test_of_a_version_without_one(self, checkpoint, name):
+        folder = checkpoint(1, of_an_earlier_version=True)
         assert problem(folder) is None
         cut(folder / name)
         assert problem(folder).startswith(f"{name} is damaged")
@@ -243,6 +304,7 @@ class TestWhole:
 
     def test_the_newest_whole_one(self, checkpoint, tmp_path, caplog):
         folders = {step: checkpoint(step) for step in (2, 9, 10, 11)}
+        write_manifest(folders[9])
         write_manifest(folders[10])
         cut(folders[10] / "model.safetensors")
         (folders[11] / "trainer_state.json").unlink()
@@ -251,18 +313,133 @@ class TestWhole:
         assert "checkpoint-11 is passed over, since it is not whole: trainer_state.json is missing" in caplog.text
         assert "checkpoint-10 is passed over, since it is not whole: model.safetensors has" in caplog.text
 
-    def test_none_is_whole(self, checkpoint, tmp_path):
-        (checkpoint(3) / "trainer_state.json").unlink()
+    def test_one_that_was_not_written_to_its_end(self, checkpoint, tmp_path):
+        folder = checkpoint(3)
+        assert problem(folder) == f"{MANIFEST} is missing, so it was not written to its end"
+        write_manifest(folder)
+        assert problem(folder) is None and not (folder / UNFINISHED).exists()
+        (folder / MANIFEST).unlink()
+        assert problem(folder) == f"{MANIFEST} is missing, so it was not written to its end"
+
+    def test_none_is_whole_any_more(self, checkpoint, tmp_path):
+        folder = checkpoint(3)
+        write_manifest(folder)
+        (folder / "trainer_state.json").unlink()
         with pytest.raises(ValueError, match=r"No checkpoint .*checkpoint-3: trainer_state.json is missing.*anew"):
             whole_checkpoint(True, str(tmp_path), MAIN_PROCESS)
+        (folder / MANIFEST).unlink()  # nor does it look as if it had never been whole
+        with pytest.raises(ValueError, match=r"No checkpoint .* is whole any more"):
+            whole_checkpoint(True, str(tmp_path), MAIN_PROCESS)
+
+    def test_none_was_whole_ever(self, checkpoint, tmp_path, caplog):
+        (checkpoint(3) / "trainer_state.json").unlink()
+        (tmp_path / "checkpoint-4").mkdir()
+        with caplog.at_level(logging.WARNING, "trl_gopd"):
+            assert whole_checkpoint(True, str(tmp_path), MAIN_PROCESS) is None
+        assert "checkpoint-4 is passed over" in caplog.text and "checkpoint-3 is passed over" in caplog.text
+        assert "ended before a checkpoint was whole, so it starts anew" in caplog.text
 
     def test_the_one_that_was_given(self, checkpoint, tmp_path):
         folder = checkpoint(3)
+        write_manifest(folder)
         assert whole_checkpoint(str(folder), "", MAIN_PROCESS) == folder
         cut(folder / "optimizer.pt")
-        with pytest.raises(ValueError, match="checkpoint-3 is not whole: optimizer.pt is damaged.*=True` for the new"):
+        with pytest.raises(ValueError, match="checkpoint-3 is not whole: optimizer.pt has .*=True` for the newest"):
             whole_checkpoint(str(folder), "", MAIN_PROCESS)
+        with pytest.raises(ValueError, match="There is no checkpoint .*checkpoint-4. Give the path of one"):
+            whole_checkpoint(str(tmp_path / "checkpoint-4"), "", MAIN_PROCESS)
 
-    @pytest.mark.parametrize("given", [None, False, True])
-    def test_there_is_none(self, tmp_path, given):
+    @pytest.mark.parametrize("given", [None, False])
+    def test_none_is_asked_for(self, tmp_path, given):
         assert whole_checkpoint(given, str(tmp_path), MAIN_PROCESS) is None
+
+    def test_there_is_none(self, tmp_path):
+        with pytest.raises(ValueError, match="no checkpoint in .* Check `output_dir`, or start anew"):
+            whole_checkpoint(True, str(tmp_path), MAIN_PROCESS)
+
+    @pytest.mark.parametrize("name", ["../secret.bin", "/etc/hostname", "a/../../secret.bin", ".", "", "\0"])
+    def test_a_manifest_that_leads_elsewhere(self, checkpoint, tmp_path, name):
+        folder = checkpoint(1)
+        write_manifest(folder)
+        (tmp_path / "secret.bin").write_bytes(b"x")
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest["files"][name] = {"size": 1, "xxh3_128": checksum(tmp_path / "secret.bin")}
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        assert problem(folder) is not None
+        if name.startswith(("..", "/", "a/")):
+            assert f"{MANIFEST} is damaged ({name!r} is not the name of a file in the checkpoint)" == problem(folder)
+
+    def test_a_manifest_that_leaves_files_out(self, checkpoint):
+        folder = checkpoint(1)
+        write_manifest(folder)
+        (folder / MANIFEST).write_text('{"files": {}}')
+        assert problem(folder) == f"{MANIFEST} is damaged (it does not list gopd_state.json)"
+
+    @pytest.mark.parametrize("name", [MANIFEST, "gopd_state.json"])
+    def test_files_that_are_deep_or_large(self, checkpoint, name):
+        folder = checkpoint(1, of_an_earlier_version=True)
+        (folder / name).write_text('{"files":' + "[" * 10**5)
+        assert problem(folder) == f"{name} is damaged (it is nested too deeply)"
+        with (folder / name).open("wb") as file:
+            file.truncate(LARGEST + 1)
+        assert f"it has {LARGEST + 1} bytes, and at most {LARGEST} are read" in problem(folder)
+
+
+class TestRotation:
+    def whole(self, checkpoint, *steps, times=None):
+        folders = [checkpoint(step) for step in steps]
+        for number, folder in enumerate(folders):
+            write_manifest(folder)
+            os.utime(folder, 2 * (10**9 + (times or range(99))[number],))
+        return folders
+
+    def left(self, tmp_path):
+        return sorted(int(folder.name.split("-")[1]) for folder in tmp_path.glob("checkpoint-*"))
+
+    def test_the_oldest_go(self, checkpoint, tmp_path):
+        folders = self.whole(checkpoint, 2, 9, 10, 11)
+        rotate(folders[-1], limit=2, best=None)
+        assert self.left(tmp_path) == [10, 11]
+
+    def test_the_newest_and_the_best_stay(self, checkpoint, tmp_path):
+        folders = self.whole(checkpoint, 1, 2, 3, 4)
+        rotate(folders[-1], limit=1, best=str(folders[0]))
+        assert self.left(tmp_path) == [1, 4]
+        rotate(folders[-1], limit=1, best=str(tmp_path / "elsewhere"))
+        assert self.left(tmp_path) == [4]
+
+    def test_a_clock_that_went_back_does_not_cost_the_newest(self, checkpoint, tmp_path):
+        folders = self.whole(checkpoint, 1, 2, 3, times=[9, 8, 0])
+        rotate(folders[-1], limit=1, best=None)
+        assert self.left(tmp_path) == [3]
+
+    def test_of_a_run_that_was_begun_anew_the_old_steps_go(self, checkpoint, tmp_path):
+        folders = self.whole(checkpoint, 8, 9, 1, 2)
+        rotate(folders[-1], limit=2, best=None)
+        assert self.left(tmp_path) == [1, 2]
+
+    @pytest.mark.parametrize("limit", [None, 0, 4])
+    def test_no_limit(self, checkpoint, tmp_path, limit):
+        folders = self.whole(checkpoint, 1, 2, 3, 4)
+        rotate(folders[-1], limit=limit, best=None)
+        assert self.left(tmp_path) == [1, 2, 3, 4]
+
+    def test_what_a_kill_leaves_is_no_checkpoint(self, checkpoint, tmp_path, monkeypatch):
+        folders = self.whole(checkpoint, 1, 2)
+        monkeypatch.setattr("shutil.rmtree", lambda folder, ignore_errors: (folder / "optimizer.pt").unlink())
+        rotate(folders[-1], limit=1, best=None)
+        assert problem(folders[0]) == f"{MANIFEST} is missing, so it was not written to its end"
+
+
+def test_everything_is_on_the_disk_before_the_manifest(checkpoint, tmp_path, monkeypatch):
+    folder = checkpoint(1)
+    (folder / "global_step1").mkdir()
+    (folder / "global_step1" / "rank_0.pt").write_bytes(b"x")
+    synced = []
+    monkeypatch.setattr("trl_gopd.files.sync", synced.append)
+    monkeypatch.setattr("trl_gopd.gopd.checkpoints.sync", synced.append)
+    write_manifest(folder)
+    before = synced[: next(n for n, path in enumerate(synced) if path.suffix == ".json" and ".part" in path.name)]
+    files = {path for path in folder.rglob("*") if path.name != MANIFEST}
+    assert files | {folder, tmp_path, tmp_path.parent} <= {*before, folder / UNFINISHED}
+    assert json.loads((folder / MANIFEST).read_text())["files"]["global_step1/rank_0.pt"]["size"] == 1

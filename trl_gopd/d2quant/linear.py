@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .grids import GRIDS, Grid, QuantizedWeight
-from .kernels import Packed, dequantize, quantized_linear
+from .kernels import dequantize, quantized_linear
+from .kernels.packed import Packed
 from .packing import check_bits, pack, unpack
 
 

@@ -13,6 +13,7 @@ from .contexts import shortened
 from .frozen.adapter import check_adapted_student, is_peft
 from .frozen.head import check_fused_head, check_head, logit_transform
 from .frozen.local import project, vocab_size_of
+from .prompts import prompt_problem
 
 
 if is_peft_available():
@@ -125,19 +126,28 @@ def check_dataset(dataset: Any, name: str, *, needs_prompts: bool) -> None:
 
 
 def check_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Raises `ValueError` for a row of a batch without a prompt, unless its environment is to give one."""
+    """
+    Raises `ValueError` for a row of a batch without a prompt, unless its environment is to give one, or with one of
+    another kind than the first row's, after which TRL treats all.
+    """
     for number, row in enumerate(rows):
-        if "prompt" in row:
-            _check_prompt(row["prompt"], f"row {number} of the batch")
+        if "prompt" not in row:
+            continue
+        _check_prompt(row["prompt"], f"row {number} of the batch")
+        if isinstance(row["prompt"], str) != isinstance(rows[0].get("prompt"), str):
+            raise ValueError(
+                f"`prompt` is {shortened(row['prompt'])} in row {number} of the batch and "
+                f"{shortened(rows[0].get('prompt'))} in row 0. Give all rows strings, or lists of messages."
+            )
 
 
 def _check_prompt(prompt: Any, where: str) -> None:
-    if isinstance(prompt, str) or isinstance(prompt, list) and prompt:
-        return
-    raise ValueError(
-        f"`prompt` must be a string or a list of messages, got {shortened(prompt)} in {where}. Correct the row, or "
-        "leave it out."
-    )
+    problem = prompt_problem(prompt)
+    if problem is not None:
+        raise ValueError(
+            f"`prompt` must be a string or a list of messages, got {shortened(prompt)} in {where}: {problem}. Correct "
+            "the row, or leave it out."
+        )
 
 
 def check_token_ids(

@@ -1,5 +1,6 @@
 """Configuration of [`GOPDTrainer`]."""
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,7 +8,12 @@ from trl import GRPOConfig
 
 from ._trl import allow_one_generation
 from .config_checks import EOS_MISMATCHES, ESTIMATORS, NONFINITE, check_grpo_options, check_objective
+from .frozen.address import redacted
 from .schedules import KINDS, BackOff, LambdaSchedule
+
+
+# Options that may hold the addresses of servers
+ADDRESS_FIELDS = ("teacher_model_name_or_path", "teacher_models", "ref_model_name_or_path", "ref_models")
 
 
 @dataclass
@@ -114,7 +120,9 @@ class GOPDConfig(GRPOConfig):  # type: ignore[misc]
         logprob_cache_dir (`str`, *optional*):
             Folder for the log-probabilities of frozen models, one SQLite file each. A completion that one of them has
             scored after the same prompt is not scored again, in this run or another; a file can stand for its model.
-            Only with `gopd_estimator="sampled"`.
+            All processes of one machine may share it. Network file systems such as NFS and Lustre are refused, since
+            their locks are unreliable: give each node a folder on a disk of its own. Only with
+            `gopd_estimator="sampled"`.
         use_stored_completions (`bool`, *optional*, defaults to `False`):
             Whether completions are read from a column `completion_ids` instead of being sampled. Where there is a
             column `sampling_per_token_logps`, their tokens are weighed by what the student and their sampler gave
@@ -126,7 +134,20 @@ class GOPDConfig(GRPOConfig):  # type: ignore[misc]
             Whether DeepSpeed shards teachers and references by ZeRO-3 where it trains the student with another stage,
             such as ZeRO-2. With ZeRO-3 and FSDP they are always sharded as the student is.
         served_teacher_timeout (`float`, *optional*, defaults to `600.0`):
-            Seconds without an answer after which a request to the server of a teacher or reference has failed.
+            Seconds within which the server of a teacher or reference has to have answered a request as a whole.
+        served_teacher_patience (`float`, *optional*, defaults to `600.0`):
+            Seconds for which a request is repeated while the server cannot be reached or answers with HTTP 429, 500,
+            502, 503 or 504, so that it may be restarted during training. `0` repeats none. Before training it is
+            waited for at most 20 seconds, since the address may be wrong.
+        served_teacher_api_key_variable (`str`, *optional*, defaults to `"GOPD_SERVED_API_KEY"`):
+            Name of the environment variable with the key of the servers, such as that of `vllm serve --api-key`. It
+            is sent to each server whose address has no user, if it is set, and is stored nowhere.
+        served_teacher_ca_bundle (`str`, *optional*):
+            File or folder with the certificates of those who may sign that of a server. By default the usual ones.
+        served_teacher_client_certificate (`str`, *optional*):
+            PEM file with the certificate and the unencrypted key by which servers know this client.
+        served_teacher_verify (`bool`, *optional*, defaults to `True`):
+            Whether the certificates of servers are checked.
         teacher_model_revision (`str`, *optional*):
             Revision of the teacher on the Hub.
         teacher_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
@@ -277,7 +298,11 @@ class GOPDConfig(GRPOConfig):  # type: ignore[misc]
         },
     )
     logprob_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder where log-probabilities of frozen models are kept."}
+        default=None,
+        metadata={
+            "help": "Folder where log-probabilities of frozen models are kept. Not on a network file system: each "
+            "node needs a folder on a disk of its own."
+        },
     )
     use_stored_completions: bool = field(
         default=False, metadata={"help": "Whether completions are read from a column instead of being sampled."}
@@ -291,7 +316,24 @@ class GOPDConfig(GRPOConfig):  # type: ignore[misc]
     )
     served_teacher_timeout: float = field(
         default=600.0,
-        metadata={"help": "Seconds without an answer after which a request to a served model has failed."},
+        metadata={"help": "Seconds within which a served model has to have answered a request as a whole."},
+    )
+    served_teacher_patience: float = field(
+        default=600.0,
+        metadata={"help": "Seconds for which a request is repeated while a server is away, overloaded or failing."},
+    )
+    served_teacher_api_key_variable: str = field(
+        default="GOPD_SERVED_API_KEY",
+        metadata={"help": "Name of the environment variable with the API key of the servers."},
+    )
+    served_teacher_ca_bundle: str | None = field(
+        default=None, metadata={"help": "File or folder with the certificates that may sign those of servers."}
+    )
+    served_teacher_client_certificate: str | None = field(
+        default=None, metadata={"help": "PEM file with the certificate and key by which servers know this client."}
+    )
+    served_teacher_verify: bool = field(
+        default=True, metadata={"help": "Whether the certificates of servers are checked."}
     )
     teacher_model_revision: str | None = field(default=None, metadata={"help": "Revision of the teacher."})
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
@@ -333,6 +375,38 @@ class GOPDConfig(GRPOConfig):  # type: ignore[misc]
             super().__post_init__()
         check_objective(self)
         check_grpo_options(self)
+
+    # Addresses of servers may hold secrets, which no text and no file made of a configuration may have. A copy that
+    # stays in memory is complete.
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in [`~transformers.TrainingArguments`], without the secrets of addresses."""
+        return self._without_secrets(super().to_dict())
+
+    def __str__(self) -> str:
+        shown = copy.copy(self)
+        shown.__dict__ = self._without_secrets(self.__dict__)
+        return str(super(GOPDConfig, shown).__str__())
+
+    __repr__ = __str__
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._without_secrets(self.__dict__)
+
+    def __copy__(self) -> "GOPDConfig":
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GOPDConfig":
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    @staticmethod
+    def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+        return {name: redacted(value) if name in ADDRESS_FIELDS else value for name, value in values.items()}
 
     def build_lambda_schedule(self) -> LambdaSchedule:
         """The schedule of λ that the fields describe."""

@@ -1,6 +1,7 @@
 """Checks of a configuration: each refused value ends in one error that says what to use instead."""
 
 import math
+import re
 import warnings
 from typing import Any
 
@@ -81,6 +82,22 @@ def check_objective(config: Any) -> None:
     if not 0 < config.served_teacher_timeout < math.inf:
         raise ValueError(
             f"`served_teacher_timeout` must be positive and finite, got {config.served_teacher_timeout}. Use 600."
+        )
+    if not 0 <= config.served_teacher_patience < math.inf:
+        raise ValueError(
+            f"`served_teacher_patience` must be finite and >= 0, got {config.served_teacher_patience}. Use 600, or 0 "
+            "to ask every server once."
+        )
+    if config.served_teacher_ca_bundle is not None and not config.served_teacher_verify:
+        raise ValueError(
+            f"`served_teacher_ca_bundle={config.served_teacher_ca_bundle!r}` has no meaning with "
+            "`served_teacher_verify=False`, which accepts every certificate. Use one of them."
+        )
+    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", config.served_teacher_api_key_variable):
+        # which is not shown: it may be the key itself
+        raise ValueError(
+            "`served_teacher_api_key_variable` must be the name of an environment variable, of letters, digits and "
+            "underscores. Put the key itself into that variable."
         )
     if not 0 <= config.gopd_discount <= 1:
         raise ValueError(

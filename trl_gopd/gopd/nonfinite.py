@@ -13,14 +13,17 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from .batch import Batch, Scores
 from .config import GOPDConfig
 from .estimators.protocol import Estimate
+from .frozen.address import redacted
 from .frozen.build import FrozenModels
+from .frozen.identity import is_sharded
+from .frozen.protocols import ROUNDING
 from .frozen.routing import Routing
-from .frozen.served import ROUNDING
+from .ranks import OtherRankError
 
 
 logger = logging.getLogger(__name__)
@@ -54,6 +57,8 @@ class NonFiniteGuard:
             Decodes what is shown in messages.
     """
 
+    COUNTS = ("skipped_steps", "skipped_in_a_row")  # what a checkpoint keeps
+
     def __init__(
         self, args: GOPDConfig, accelerator: Any, *, frozen: FrozenModels, routing: Routing, tokenizer: Any
     ) -> None:
@@ -72,7 +77,16 @@ class NonFiniteGuard:
         self._batch_reason: str | None = None  # what is wrong with this generation batch
         self._step_reason: str | None = None  # why the next optimizer step is left out
         self._skipped: Any = None  # the optimizer, between a step that is left out and its end
-        self.skipped_steps = self._skipped_in_a_row = 0
+        self.skipped_steps = self.skipped_in_a_row = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """How many steps were left out."""
+        return {name: getattr(self, name) for name in self.COUNTS}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Restores what `state_dict` returned."""
+        for name in self.COUNTS:
+            setattr(self, name, state[name])
 
     # One generation batch
 
@@ -141,8 +155,9 @@ class NonFiniteGuard:
         totals = torch.stack([torch.as_tensor(count, device=wanted.device).float() for count in counts])
         failed, broken, tokens, left = self.accelerator.reduce(totals, reduction="sum").tolist()
         if failed:
-            said = self._first(None if failure is None else f"{type(failure).__name__}: {failure}")
-            raise failure or RuntimeError(f"Scoring failed on another rank. {said}")
+            rank = self.accelerator.process_index
+            said = self._first(None if failure is None else f"Rank {rank}: {type(failure).__name__}: {failure}")
+            raise failure or OtherRankError(said)
         if broken:
             self._batch_reason = self._raise_unless_skipped(self._first(self._explain_scores(scores, batch, invalid)))
         if tokens and not left:
@@ -207,23 +222,44 @@ class NonFiniteGuard:
                 f"The norm of the gradient is {float(norm)}. Optimizer step {step + 1} {after}. {REMEDIES['model']}"
             )
         if reason is None:
-            self._skipped_in_a_row = 0
+            self.skipped_in_a_row = 0
         else:
             self._skip(reason, optimizer, step + 1)
         return {"gopd/skipped_steps": [float(self.skipped_steps)]} if self.skips else {}
 
     def _skip(self, reason: str, optimizer: Any, step: int) -> None:
         self.skipped_steps += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row >= self.max_skipped_steps:
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.max_skipped_steps:
             raise FloatingPointError(
-                f"{self._skipped_in_a_row} optimizer steps in a row had to be left out, up to step {step}. {reason} "
+                f"{self.skipped_in_a_row} optimizer steps in a row had to be left out, up to step {step}. {reason} "
                 f"The limit is `gopd_max_skipped_steps={self.max_skipped_steps}`."
             )
         if self.accelerator.is_main_process:
             logger.warning("Optimizer step %d is left out. %s", step, reason)
         skip_step(optimizer)
         self._skipped = optimizer
+
+    def weights(self, model: nn.Module, *, step: int) -> None:
+        """
+        [`FloatingPointError`] if a trained weight is not finite, so that it is never saved. Of a student that is split
+        over ranks each looks at its part, and all have to call this together.
+
+        Args:
+            model (`torch.nn.Module`):
+                The student.
+            step (`int`):
+                How many steps were taken so far.
+        """
+        broken = next((name for name, p in model.named_parameters() if p.requires_grad and not _is_finite(p)), None)
+        if is_sharded(self.accelerator):
+            broken = next((name for name in gather_object([broken]) if name is not None), None)
+        if broken is not None:
+            raise FloatingPointError(
+                f"The weights of the student, {broken} for one, are not finite after optimizer step {step}, so they "
+                f"are not saved. {REMEDIES['model']} To go on from the newest checkpoint, use "
+                "`resume_from_checkpoint=True`."
+            )
 
     def end_step(self) -> bool:
         """Whether the optimizer step that has just ended was left out."""
@@ -293,9 +329,11 @@ class NonFiniteGuard:
         if not estimate.student_logps[row, token].isfinite() or not estimate.logps[row, token].isfinite():
             value = estimate.logps[row, token].item()
             return f"The student gave the log-probability {value} to {where}. {REMEDIES['model']}"
+        value = estimate.gopd_lambda.expand(nonfinite.shape)[row, token].item()
         return (
-            f"The advantage is {advantages[row, token].item()} at {where}, though every model gave a finite "
-            f"log-probability to it. {REMEDIES['teacher_model']}"
+            f"The advantage is {advantages[row, token].item()} at {where}, with λ = {value:.4g}, though every model "
+            "gave a finite log-probability to it. Lower λ, set `gopd_extrapolation_clip`, or check what the models "
+            "give to other tokens."
         )
 
 
@@ -317,6 +355,14 @@ def skip_step(optimizer: Any) -> None:
     optimizer.step = step
 
 
+def _is_finite(parameter: Any) -> bool:
+    """Whether the part of a parameter that this rank holds is finite."""
+    own = getattr(parameter, "ds_tensor", parameter)  # of ZeRO-3
+    if hasattr(own, "to_local"):  # of FSDP
+        own = own.to_local()
+    return bool(own.detach().isfinite().all())
+
+
 def _by_role(scores: Scores) -> dict[str, Tensor]:
     found = {"teacher_model": scores.teacher_logps, "ref_model": scores.reference_logps}
     return {role: logps for role, logps in found.items() if logps is not None}
@@ -327,7 +373,7 @@ def _label(role: str, key: str | None, given: Any) -> str:
     name = f"`{role}`" if key is None else f"`{role}[{key!r}]`"
     if given is None:
         return f"{name} (the student's start)"
-    return f"{name} ({given if isinstance(given, str) else type(given).__name__})"
+    return f"{name} ({redacted(given) if isinstance(given, str) else type(given).__name__})"
 
 
 def _vocab_size(scorer: Any) -> int:

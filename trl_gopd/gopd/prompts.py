@@ -15,6 +15,37 @@ from .contexts import Contexts, shortened
 from .frozen.tokenizers import different_id
 
 
+def prompt_problem(prompt: Any) -> str | None:
+    """Why something is no prompt, in a sentence without an end; `None` if it is one."""
+    if isinstance(prompt, str):
+        return _text_problem(prompt)
+    if not isinstance(prompt, list) or not prompt:
+        return "it is neither a string nor a list of at least one message"
+    for number, message in enumerate(prompt):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not message["role"]:
+            return f"message {number} is no dictionary with a `role`"
+        content = message.get("content")
+        if content is None and message.get("tool_calls"):
+            continue
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        for part in content if isinstance(content, list) and content else [None]:
+            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                return f"the `content` of message {number} is no text"
+            problem = _text_problem(part["text"])
+            if problem:
+                return problem
+    return None
+
+
+def _text_problem(text: str) -> str | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"character {error.start} is a half of a character ({text[error.start]!r}), which no tokenizer knows"
+    return None
+
+
 @dataclass(frozen=True)
 class RenderedPrompts:
     """
@@ -152,18 +183,19 @@ class TeacherPrompts:
         tokenizer = self.tokenizers.get(teacher_id)
         if tokenizer is None:
             tokenizer, options = self.tokenizer, {"chat_template": self.chat_template, **options}
+        problem = prompt_problem(prompt)
+        if problem is not None:
+            raise TypeError(
+                f"The teacher's prompt must be a string or a list of messages, got {shortened(prompt)} for the row "
+                f"with the prompt {shortened(read)}: {problem}. Correct it, or give None for the student's prompt."
+            )
         if isinstance(prompt, str):
             ids = list(tokenizer(text=prompt)["input_ids"])
-        elif isinstance(prompt, list) and prompt and all(isinstance(message, Mapping) for message in prompt):
+        else:
             encoded = tokenizer.apply_chat_template(
                 conversation=prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **options
             )
             ids = list(encoded["input_ids"])
-        else:
-            raise TypeError(
-                f"The teacher's prompt must be a string or a list of messages, got {shortened(prompt)} for the row "
-                f"with the prompt {shortened(read)}."
-            )
         if not ids:
             raise ValueError(
                 f"The teacher's prompt {shortened(prompt)} for the row with the prompt {shortened(read)} has no "

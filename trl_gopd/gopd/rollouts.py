@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .frozen.protocols import ROUNDING
 
+
+LOWEST = torch.finfo(torch.float32).min  # nats; what is below is infinite where it is used
 LOGPS = "sampling_per_token_logps"  # GRPO's name for what the sampler gave its tokens
 
 
@@ -31,9 +34,9 @@ def token_ids(row: Mapping[str, Any], column: str, *, number: int) -> Tensor:
     """
     given = row.get(column)
     ids = None
-    if isinstance(given, list) and given and all(type(i) is int for i in given):
+    if isinstance(given, list) and given and all(type(i) is int and 0 <= i < 2**63 for i in given):
         ids = torch.tensor(given)
-    if ids is None or bool((ids < 0).any()):
+    if ids is None:
         shown = "no such column" if column not in row else f"{type(given).__name__} {str(given)[:60]}"
         raise ValueError(
             f"`{column}` must be a list of at least one token id, integers from 0 on, in every row; row {number} has "
@@ -92,6 +95,13 @@ def stored_completions(
                 f"`{LOGPS}` must have one number for each of the {len(ids)} `completion_ids` in row {number} of the "
                 f"batch, got {size}. Complete the column, or drop it."
             )
+        for value in logps:
+            # A sampler that gave a token the probability 0 cannot have drawn it.
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not LOWEST <= value <= ROUNDING:
+                raise ValueError(
+                    f"`{LOGPS}` must have finite numbers of at most 0, nats of the sampled tokens, got {value!r} in "
+                    f"row {number} of the batch. Correct the row, or leave it out."
+                )
     return completions, [row[LOGPS] for row in rows]
 
 

@@ -235,12 +235,16 @@ class LambdaSchedule:
                 f"`state` must have the keys {names}, got {list(state)}. Pass what `state_dict` returned."
             )
         ratio, trust, lengths = (state[name] for name in names)
-        if not (0 <= ratio < math.inf and 0 <= trust <= 1 and len(lengths) <= START_BATCHES):
+        are_numbers = isinstance(lengths, list) and all(
+            isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+            for value in (ratio, trust, *lengths)
+        )
+        if not are_numbers or trust > 1 or len(lengths) > START_BATCHES:
             raise ValueError(
-                f"`state` must have `ratio` >= 0, `trust` in [0, 1] and at most {START_BATCHES} `start_lengths`, got "
-                f"{state}. Pass what `state_dict` returned."
+                f"`state` must have `ratio` >= 0, `trust` in [0, 1] and at most {START_BATCHES} `start_lengths` >= 0, "
+                f"all of them finite numbers, got {state}. Pass what `state_dict` returned."
             )
-        self._ratio, self._trust, self._start_lengths = ratio, trust, list(lengths)
+        self._ratio, self._trust, self._start_lengths = float(ratio), float(trust), [float(n) for n in lengths]
 
 
 def deviation_squares(

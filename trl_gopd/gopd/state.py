@@ -5,19 +5,25 @@ within a generation batch, and what the schedule of λ has observed.
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from safetensors import SafetensorError
 
 from ..files import written_whole
 from ._trl import get_rollouts, set_rollouts
-from .checkpoints import MANIFEST, STATE
+from .checkpoints import FORMAT, STATE, begin, read_json, rotate, whole_checkpoint, write_manifest
 from .config import GOPDConfig
 from .frozen.identity import is_partial, is_same_identity
+from .frozen.local import vocab_size_of
+from .frozen.start import StudentStart
 from .nonfinite import NonFiniteGuard
+from .ranks import OtherRankError
+from .rollout_file import read_rollouts, write_rollouts
 from .schedules import LambdaSchedule
 
 
@@ -113,40 +119,88 @@ class RunState:
         self.settings: dict[str, Any] = json.loads(json.dumps(values, default=str))
         self._micro_steps = (args.steps_per_generation or 1) * args.num_iterations  # of one generation batch
 
-    def save(self, folder: Path) -> None:
+    @contextmanager
+    def saved(self, folder: Path, start: StudentStart | None) -> Iterator[None]:
         """
-        Writes what `load` reads into a checkpoint, before the trainer writes the file with which it takes the
-        checkpoint for complete. The micro-batches of the generation batch are kept if they will be used again.
+        Around the trainer's writing of a checkpoint: before it, what `load` reads; after it, the manifest. Only when
+        this is on the disk are older checkpoints removed.
+
+        Args:
+            folder (`Path`):
+                Folder of the checkpoint.
+            start ([`StudentStart`], *optional*):
+                The student's start, if it has to be kept.
         """
+        limit = self.args.save_total_limit
+        try:
+            if self.args.should_save:
+                begin(folder)
+            self.accelerator.wait_for_everyone()
+            self._save(folder)
+            if start is not None and self.args.should_save:
+                start.save(folder)
+            self.accelerator.wait_for_everyone()  # no rank may complete what lacks something of another one
+            self.args.save_total_limit = None
+            yield
+            self.accelerator.wait_for_everyone()  # the files of all ranks are there
+            if self.args.should_save:
+                write_manifest(folder)
+                rotate(folder, limit=limit, best=self.trainer.state.best_model_checkpoint)
+        except OtherRankError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as error:  # which of them, a library decides for itself
+            free = shutil.disk_usage(folder.parent).free
+            raise OSError(
+                f"The checkpoint {folder} could not be written, on a disk with {free} free bytes "
+                f"({type(error).__name__}: {error}). Make room; then go on with `resume_from_checkpoint=True`, which "
+                "takes the newest whole one."
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+
+    def _save(self, folder: Path) -> None:
+        """The micro-batches of the generation batch are kept if they will be used again."""
         step, rollouts = get_rollouts(self.trainer)
-        folder.mkdir(parents=True, exist_ok=True)
-        own = self._rollouts_path(folder)
         if self.args.should_save:
-            (folder / MANIFEST).unlink(missing_ok=True)  # that of an earlier checkpoint of this step
-            more = {"settings": self.settings, "micro_step": step, "skipped_steps": self.guard.skipped_steps}
+            more = {"settings": self.settings, "micro_step": step, **self.guard.state_dict()}
             write_state(folder, self.identities(), self.schedule, **more)
+        own = self._rollouts_path(folder)
         if step % self._micro_steps and rollouts is not None:
-            with written_whole(own) as part:
-                torch.save(_on("cpu", rollouts), part)
+            write_rollouts(own, rollouts)
         else:
             own.unlink(missing_ok=True)
-        self.accelerator.wait_for_everyone()  # no rank may complete a checkpoint that lacks something of another one
+
+    def resume(self, given: str | os.PathLike[str] | bool | None, start: StudentStart | None) -> str | None:
+        """
+        Puts back what `saved` wrote, and returns the folder of the checkpoint for the trainer; `None` to start anew.
+
+        Args:
+            given (`str` or `os.PathLike` or `bool`, *optional*):
+                A checkpoint, or `True` for the newest whole one.
+            start ([`StudentStart`], *optional*):
+                The student's start, if it is kept.
+        """
+        folder = whole_checkpoint(given, self.args.output_dir, self.accelerator)
+        if folder is None:
+            return None
+        if start is not None:  # before it is compared with that of the checkpoint
+            start.load(folder)
+        self.load(folder)
+        return str(folder)
 
     def load(self, folder: Path) -> None:
         """
-        Puts back what `save` found, except for rollouts, where rows are laid out in another way now. Settings that
+        Puts back what a checkpoint has, except for rollouts, where rows are laid out in another way now. Settings that
         have changed are logged.
         """
         saved = read_state(folder, self.identities(), self.schedule)
-        self.guard.skipped_steps = saved.get("skipped_steps", 0)
-        before: dict[str, Any] = saved.get("settings", {})
+        before, step = saved["settings"], saved["micro_step"]
         changed = [name for name, value in self.settings.items() if name in before and before[name] != value]
         for name in changed:
             self._warn(
                 f"`{name}` was {before[name]!r} when {folder} was written and is {self.settings[name]!r} now. The run "
                 "goes on with the latter, and is another one than without the interruption."
             )
-        step = saved.get("micro_step", 0)
         is_within = step % self._micro_steps != 0
         if set(changed) & set(LAYOUT):
             if is_within:
@@ -154,18 +208,17 @@ class RunState:
             set_rollouts(self.trainer, 0, None)
         else:
             set_rollouts(self.trainer, step, self._read_rollouts(folder) if is_within else None)
+        self.guard.load_state_dict(saved)
 
     def _read_rollouts(self, folder: Path) -> list[dict[str, Any]]:
-        path = self._rollouts_path(folder)
-        if not path.is_file():
-            raise ValueError(
-                f"{path} is missing, which holds the rest of a generation batch. Resume from another checkpoint; to "
-                "go on from the weights alone, pass the folder as `model`."
-            )
-        # torch cannot restore to "cpu:0", the device of a rank without an accelerator
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        rollouts: list[dict[str, Any]] = _on(self.accelerator.device, stored)
-        return rollouts
+        return read_rollouts(
+            self._rollouts_path(folder),
+            self.accelerator.device,
+            micro_batches=self.args.steps_per_generation,
+            rows=self.args.per_device_train_batch_size,
+            vocab_size=vocab_size_of(self.trainer.model.config),
+            num_teachers=len(self.identities()["teachers"]),
+        )
 
     def _rollouts_path(self, folder: Path) -> Path:
         return folder / f"gopd_rollouts_{self.accelerator.process_index}.pt"
@@ -177,7 +230,7 @@ class RunState:
 
 def write_state(folder: Path, models: Identities, schedule: LambdaSchedule, **more: Any) -> None:
     """Writes what `read_state` reads, and `more`, into the folder of a checkpoint."""
-    state = {**models, "lambda_schedule": schedule.state_dict(), **more}
+    state = {"format": FORMAT, **models, "lambda_schedule": schedule.state_dict(), **more}
     with written_whole(folder / STATE) as part:
         part.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
@@ -205,10 +258,14 @@ def read_state(folder: Path, models: Identities, schedule: LambdaSchedule) -> di
     if not path.is_file():
         raise ValueError(f"{path} is missing, so the run that wrote the checkpoint cannot be continued. {remedy}")
     try:
-        saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_json(path)
         before = {role: {str(key): dict(model) for key, model in saved[role].items()} for role in models}
         observed = dict(saved["lambda_schedule"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for model in (model for models_of_role in before.values() for model in models_of_role.values()):
+            if not all(isinstance(model.get(name), str | None) for name in ("weights", "config")):
+                raise ValueError(f"a checksum is no text in {model}")
+        _check_counts(saved)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). {remedy}") from error
     for role, present in models.items():
         _compare(folder, role, before[role], present)
@@ -217,6 +274,19 @@ def read_state(folder: Path, models: Identities, schedule: LambdaSchedule) -> di
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}). {remedy}") from error
     return saved
+
+
+def _check_counts(saved: dict[str, Any]) -> None:
+    """Sets what earlier versions did not write, and raises `ValueError` for what cannot have been written."""
+    number = saved.setdefault("format", 1)
+    if type(number) is not int or not 1 <= number <= FORMAT:
+        raise ValueError(f"its `format` is {number!r}, and this version reads up to {FORMAT}; a later one may read it")
+    for name in ("micro_step", *NonFiniteGuard.COUNTS):
+        count = saved.setdefault(name, 0)
+        if type(count) is not int or not 0 <= count < 2**63:
+            raise ValueError(f"`{name}` must be a whole number from 0 on, got {count!r}")
+    if not isinstance(saved.setdefault("settings", {}), dict):
+        raise ValueError(f"`settings` must be a dictionary, got {saved['settings']!r}")
 
 
 def _compare(
@@ -242,12 +312,3 @@ def _compare(
                 model.get("name"),
                 role,
             )
-
-
-def _on(device: Any, value: Any) -> Any:
-    """A copy with all tensors on a device, each with a memory of its own: of slices, each would save the whole."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True)
-    if isinstance(value, dict):
-        return {key: _on(device, part) for key, part in value.items()}
-    return [_on(device, part) for part in value] if isinstance(value, list | tuple) else value

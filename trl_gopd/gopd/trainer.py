@@ -28,24 +28,20 @@ from ._trl import (
 )
 from .assembly import assemble
 from .batch import Batch, Scores
-from .checkpoints import whole_checkpoint, write_manifest
-from .checks import (
-    check_arguments,
-    check_datasets,
-    check_rewards,
-    check_rows,
-    check_token_ids,
-    checked_rollouts,
-)
+from .checkpoints import check_whole
+from .checks import check_arguments, check_datasets, check_rewards, check_rows, check_token_ids, checked_rollouts
 from .config import GOPDConfig
 from .frozen.adapter import copy_start, is_peft, refuse_anchor_name, without_adapters
 from .frozen.build import asks_servers
 from .frozen.routing import Routing, as_name
 from .generation_batch import route, weigh_stored
+from .metrics import drop_nonfinite
 from .model_card import PAPER, describe
 from .observer import NONFINITE_SHARE, EndOfStep
+from .ranks import together
 from .rewards import drop_null_reward, null_reward
 from .rollouts import stored_completions
+from .sole_writer import sole_writer
 from .state import RunState
 from .student import Student
 
@@ -133,6 +129,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
     _name = "G-OPD"
     _paper = PAPER
 
+    @together()
     def __init__(
         self,
         model: "str | os.PathLike[str] | PreTrainedModel | PeftModel",
@@ -275,31 +272,34 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         with without_adapters(self.accelerator.unwrap_model(self.model), self._frozen.shared_adapters):
             super()._save(output_dir, state_dict)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in [`~transformers.Trainer`]; raises `FloatingPointError` for weights that are not finite."""
+        self._guard.weights(self.model, step=self.state.global_step)
+        super().save_model(output_dir, _internal_call)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        self._run_state.save(folder)
-        if self._kept_start is not None and self.args.should_save:
-            self._kept_start.save(folder)
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # the files of all ranks are there
-        if self.args.should_save:
-            write_manifest(folder)
+        with self._run_state.saved(folder, self._kept_start):
+            super()._save_checkpoint(model, trial)
+
+    def _load_best_model(self) -> None:
+        check_whole(self.state.best_model_checkpoint, self.accelerator)
+        super()._load_best_model()
 
     @functools.cached_property  # they never change, and checksums read every parameter
     def _identities(self) -> dict[str, dict[str, dict[str, Any]]]:
         return self._frozen.identities()
 
+    @together()
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
-        As in [`~transformers.Trainer`], but `True` takes the newest checkpoint that is whole. Resuming with other
-        frozen models than the checkpoint's raises, and every other option that has changed is logged.
+        As in [`~transformers.Trainer`], but `True` takes the newest whole checkpoint, other frozen models than its own
+        raise, other options are logged, and no other run may save into the same folder at the same time.
         """
-        folder = whole_checkpoint(resume_from_checkpoint, self.args.output_dir, self.accelerator)
-        if folder is not None:
-            if self._kept_start is not None:  # before it is compared with that of the checkpoint
-                self._kept_start.load(folder)
-            self._run_state.load(folder)
-        return super().train(resume_from_checkpoint if folder is None else str(folder), *args, **kwargs)
+        saves = self.args.save_strategy != "no"
+        with sole_writer(Path(self.args.output_dir), self.accelerator) if saves else nullcontext():
+            folder = self._run_state.resume(resume_from_checkpoint, self._kept_start)
+            return super().train(folder, *args, **kwargs)
 
     # One generation batch
 
@@ -312,6 +312,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         check_token_ids("completion", output[0], self._rows, self._student_base.config)
         return output
 
+    @together()
     @torch.no_grad()
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         check_rows(inputs)
@@ -434,10 +435,10 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
     # Logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in [`~transformers.Trainer`]; with `log_completions`, also writes a page of coloured tokens."""
+        """As in [`~transformers.Trainer`], finite numbers alone; with `log_completions`, also writes a page."""
         if self._completion_log is not None:
             self._completion_log.fill(self._logs)
-        super().log(logs, start_time)
+        super().log(drop_nonfinite(logs, self._metrics[self._mode]), start_time)
         if self._completion_log is not None and self.accelerator.is_main_process and self.model.training:
             self._completion_log.write_page(
                 Path(self.args.output_dir, "completions"),

@@ -16,12 +16,15 @@ from transformers.utils import is_peft_available
 from .._trl import create_model_from_path
 from ..config import GOPDConfig
 from . import adapter
-from .cached import CACHE_SUFFIX, CachedScorer
-from .local import LocalScorer
+from .address import is_url, redacted
+from .cache_file import CACHE_SUFFIX
+from .cached import CachedScorer
+from .http import ClientOptions
+from .local import LocalScorer, vocab_size_of
 from .protocols import Scorer
 from .routed import RoutedScorer
 from .routing import Routing
-from .served import ServedScorer, is_url
+from .served import ServedScorer
 from .sharding import check_sharding, sharded_loading
 from .start import StudentStart
 from .tokenizers import EndTokens, check_tokenizer, check_vocabulary, end_ids, stored_end_ids
@@ -82,16 +85,20 @@ class FrozenModels:
 
     def cache_hits(self) -> dict[str, float]:
         """
-        `cache_hit_share` of the rows since the last call, over all ranks and caches; empty if there were none. It has
-        to be called by all ranks together.
+        `cache_hit_share` of the rows since the last call, and `cache_damaged_rows`, how many of the others were
+        stored but damaged, over all ranks and caches; empty if there were no rows. It has to be called by all ranks
+        together.
         """
         if not self.caches:
             return {}
-        counts = torch.tensor([[cache.hits, cache.misses] for cache in self.caches], device=self.accelerator.device)
-        hits, misses = self.accelerator.reduce(counts.sum(0).float(), reduction="sum").tolist()
+        rows = [[cache.hits, cache.misses, cache.damaged] for cache in self.caches]
+        counts = torch.tensor(rows, device=self.accelerator.device).sum(0).float()
+        hits, misses, damaged = self.accelerator.reduce(counts, reduction="sum").tolist()
         for cache in self.caches:
-            cache.hits = cache.misses = 0
-        return {"cache_hit_share": hits / (hits + misses)} if hits + misses else {}
+            cache.hits = cache.misses = cache.damaged = 0
+        if not hits + misses:
+            return {}
+        return {"cache_hit_share": hits / (hits + misses), "cache_damaged_rows": damaged}
 
     def identities(self) -> dict[str, dict[str, dict[str, Any]]]:
         """What tells the models from others, by role and teacher id, as JSON can hold it."""
@@ -114,7 +121,7 @@ def asks_servers(routing: Routing, estimator: str) -> bool:
     references = routing.references.values() if routing.uses_reference else ()
     for url in filter(is_url, [*references, *(given if estimator == "full" else ())]):
         raise ValueError(
-            f"`gopd_estimator={estimator!r}` needs log-probabilities of ids that {url} cannot be asked "
+            f"`gopd_estimator={estimator!r}` needs log-probabilities of ids that {redacted(url)} cannot be asked "
             "for: a server tells those of the sampled tokens and of its own likeliest ids. Use 'sampled', or "
             "'stratified' with served teachers and a reference that is here, or give the model by its name."
         )
@@ -276,16 +283,26 @@ class FrozenBuilder:
     ) -> Scorer:
         if init_kwargs or revision:
             raise ValueError(
-                f"`{role}_init_kwargs={init_kwargs}` and `{role}_revision={revision!r}` cannot act on {url}, whose "
-                "server has loaded the model already. Drop them, and start the server with what they say."
+                f"`{role}_init_kwargs={init_kwargs}` and `{role}_revision={revision!r}` cannot act on "
+                f"{redacted(url)}, whose server has loaded the model already. Drop them, and start the server with "
+                "what they say."
             )
+        args, config = self.args, self.accelerator.unwrap_model(self.student()).config
         scorer = ServedScorer(
             url,
-            temperature=self.args.temperature,
+            temperature=args.temperature,
             role=label,
-            batch_size=self.args.per_device_train_batch_size,
-            timeout=self.args.served_teacher_timeout,
-            top_k=self.args.gopd_top_k if self.asks_servers else 1,
+            batch_size=args.per_device_train_batch_size,
+            options=ClientOptions(
+                timeout=args.served_teacher_timeout,
+                patience=args.served_teacher_patience,
+                api_key_variable=args.served_teacher_api_key_variable,
+                ca_bundle=args.served_teacher_ca_bundle,
+                client_certificate=args.served_teacher_client_certificate,
+                verify=args.served_teacher_verify,
+            ),
+            top_k=args.gopd_top_k if self.asks_servers else 1,
+            num_ids=vocab_size_of(config),
         )
         tokenizer = check_vocabulary(self.tokenizer, scorer.source, role=label)
         self.ends.compare(scorer, stored_end_ids(tokenizer, scorer.source), role=label)

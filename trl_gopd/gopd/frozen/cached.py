@@ -1,28 +1,17 @@
 """
-Log-probabilities of completions under frozen models, kept on disk: a resumed run, another run, or one without any
-teacher in memory reads them there.
-
-A file holds those of one model at one temperature, in SQLite's format. Processes of one machine may share it, and a
-row is there as a whole or not at all, whenever a writer dies. Network file systems lock files unreliably, so every
-node needs a file of its own.
+Frozen models behind a file of log-probabilities: a resumed run, another run, or one without any teacher in memory
+reads them there.
 
 A row is known by its ids without padding, but its numbers are those of the batch in which it was first scored: another
 padding or autocast dtype would have rounded differently. Models with learned positions see padding on the left, and
 are not for caching.
 """
 
-import hashlib
-import json
-import math
+import logging
 import os
-import sqlite3
-import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather
 from torch import Tensor
@@ -30,176 +19,11 @@ from tqdm.auto import tqdm
 
 from ..batch import Sequences
 from ..rollouts import pad_ids, token_ids
-from .identity import is_partial, is_same_identity
+from .cache_file import LogprobCache, row_key
 from .protocols import Scorer
 
 
-CACHE_SUFFIX = ".sqlite3"
-APPLICATION_ID = int.from_bytes(b"GOPD")
-FORMAT = 1  # of the tables and keys below
-LOCK_SECONDS = 60.0  # for which another process may hold the file
-REMEDIES = {
-    sqlite3.SQLITE_NOTADB: "It is another kind of file, or damaged: give another path, or delete it and score anew.",
-    sqlite3.SQLITE_CORRUPT: "It is damaged: delete it and score anew.",
-    sqlite3.SQLITE_READONLY: "It must be writable with its folder. To read it only, open it without a model.",
-    sqlite3.SQLITE_CANTOPEN: "It must be a file in a folder that is writable, unless it is opened without a model.",
-    sqlite3.SQLITE_BUSY: f"Another process has locked it for over {LOCK_SECONDS:.0f} seconds: end that, or wait.",
-    sqlite3.SQLITE_FULL: "The disk is full: make room.",
-}
-
-
-def row_key(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> bytes:
-    """SHA-256 of both lengths and all ids, as int64: no two rows share it, wherever the prompt ends."""
-    ids = [*prompt_ids, *completion_ids]
-    return hashlib.sha256(struct.pack(f"<{2 + len(ids)}q", len(prompt_ids), len(completion_ids), *ids)).digest()
-
-
-class LogprobCache:
-    """
-    A file with the log-probabilities of completions under one model at one temperature.
-
-    It is opened for every call and closed after it, so an instance may be used in any process and thread.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            The file. Created, with its folders, if it is not there.
-        temperature (`float`):
-            Sampling temperature that divides the logits.
-        identity (`dict[str, Any]`, *optional*):
-            The model, as [`Scorer.identity`] describes it. The checksums of the weights decide
-            where both are known, otherwise names, revisions and adapters: of a sharded model only these are, and new
-            weights under an old name go unnoticed. If `None`, the file has to be there, is taken for whatever model it
-            holds, and is never written to.
-
-    Raises:
-        `ValueError`: If the file holds another model or temperature, or is no such file.
-        `FileNotFoundError`: If it is not there and `identity` is `None`.
-        `OSError`: If it cannot be used, here or in any method.
-    """
-
-    def __init__(
-        self, path: str | os.PathLike[str], *, temperature: float, identity: Mapping[str, Any] | None = None
-    ) -> None:
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"`temperature` must be finite and > 0, got {temperature}. Give the sampler's.")
-        self.path, self.temperature = Path(path), float(temperature)
-        self.is_read_only = identity is None
-        if identity is None:
-            if not self.path.is_file():
-                raise FileNotFoundError(
-                    f"There is no log-probability cache {self.path}, and no model to score with. Fill one with "
-                    "`precompute`, or correct the path."
-                )
-        else:
-            if not (identity.get("weights") or identity.get("name")):
-                raise ValueError(f"`identity` must have a name or a checksum of the weights, got {dict(identity)}.")
-            self._create(identity)
-        self.identity: dict[str, Any] = self._check(identity)
-        if identity is not None:
-            with self._transaction() as connection:  # what cannot be written fails here, not after the first batch
-                connection.execute(f"PRAGMA user_version = {FORMAT}")
-
-    def _create(self, identity: Mapping[str, Any]) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(
-                f"The folder of the log-probability cache {self.path} cannot be made: {error}. Give a path that is "
-                "writable."
-            ) from error
-        with self._transaction("rwc") as connection:
-            if connection.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
-                return
-            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {FORMAT}")
-            connection.execute("CREATE TABLE model (identity TEXT NOT NULL, temperature REAL NOT NULL)")
-            connection.execute("CREATE TABLE logps (key BLOB PRIMARY KEY, logps BLOB NOT NULL)")
-            connection.execute("INSERT INTO model VALUES (?, ?)", (json.dumps(dict(identity)), self.temperature))
-
-    def _check(self, identity: Mapping[str, Any] | None) -> dict[str, Any]:
-        """What the file says it holds, if that is what was asked for."""
-        with self._connection() as connection:
-            kind = tuple(
-                connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
-            )
-            if kind != (APPLICATION_ID, FORMAT):
-                raise ValueError(
-                    f"{self.path} is no log-probability cache of this version: it has the application id and format "
-                    f"{kind}, expected {(APPLICATION_ID, FORMAT)}. Give another path, or delete it and score anew."
-                )
-            text, temperature = connection.execute("SELECT identity, temperature FROM model").fetchone()
-        found: dict[str, Any] = json.loads(text)
-        if is_partial(found) and identity is not None and not is_partial(identity) and identity.get("weights"):
-            raise ValueError(
-                f"The log-probability cache {self.path} was filled by an earlier version, whose checksum "
-                f"{found['weights']!r} did not cover all weights, so it is not known whether {dict(identity)} is the "
-                "model that it holds. Give another path to score anew, or open it without the model."
-            )
-        if temperature != self.temperature or identity is not None and not is_same_identity(found, identity):
-            asked = "any model" if identity is None else dict(identity)
-            raise ValueError(
-                f"The log-probability cache {self.path} holds {found} at temperature {temperature}, and {asked} at "
-                f"temperature {self.temperature} was asked for. Give another path for it."
-            )
-        return found
-
-    @contextmanager
-    def _connection(self, mode: str = "rw") -> Iterator[sqlite3.Connection]:
-        # "rw" is to read only where the file is write-protected. Elsewhere readers too undo what a dead writer left.
-        # The journal is the default one: with WAL a cache on a read-only disk could not be opened.
-        uri = f"{self.path.absolute().as_uri()}?mode={mode}"
-        try:
-            with closing(sqlite3.connect(uri, uri=True, timeout=LOCK_SECONDS, isolation_level=None)) as connection:
-                yield connection
-        except sqlite3.Error as error:
-            remedy = REMEDIES.get((getattr(error, "sqlite_errorcode", None) or 0) & 0xFF, "Look at the disk and file.")
-            raise OSError(f"The log-probability cache {self.path} cannot be used: {error}. {remedy}") from error
-
-    @contextmanager
-    def _transaction(self, mode: str = "rw") -> Iterator[sqlite3.Connection]:
-        with self._connection(mode) as connection:
-            connection.execute("BEGIN IMMEDIATE")  # one that began as a reader could not wait for the lock
-            yield connection
-            connection.execute("COMMIT")
-
-    def __len__(self) -> int:
-        """How many rows are stored."""
-        with self._connection() as connection:
-            return int(connection.execute("SELECT count(*) FROM logps").fetchone()[0])
-
-    def read(self, keys: Iterable[bytes]) -> dict[bytes, Tensor]:
-        """Of the rows with these keys (`row_key`) those that are stored: float32 nats `(n,)`, one a token."""
-        rows = {}
-        with self._connection() as connection:
-            for key in keys:
-                row = connection.execute("SELECT logps FROM logps WHERE key = ?", (key,)).fetchone()
-                if row is not None:
-                    rows[key] = torch.from_numpy(np.frombuffer(row[0], "<f4").copy())
-        return rows
-
-    def write(self, rows: Mapping[bytes, Tensor]) -> None:
-        """
-        Stores rows, all or none. Those that are there already stay as they are.
-
-        Args:
-            rows (`Mapping[bytes, torch.Tensor]`):
-                By key, float32 nats `(n,)`, one a token. -inf is allowed.
-
-        Raises:
-            `ValueError`: If there is NaN among them.
-            `PermissionError`: If the file was opened without a model.
-        """
-        if self.is_read_only:
-            raise PermissionError(f"{self.path} was opened without a model, to be read only. Pass `identity`.")
-        broken = sum(bool(logps.isnan().any()) for logps in rows.values())
-        if broken:
-            raise ValueError(
-                f"{broken} of {len(rows)} rows for {self.path} have NaN among their log-probabilities, so none was "
-                "stored. Check the model, or load it in a wider dtype."
-            )
-        values = [(key, logps.detach().cpu().numpy().astype("<f4").tobytes()) for key, logps in rows.items()]
-        with self._transaction() as connection:
-            connection.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?)", values)
+logger = logging.getLogger(__name__)
 
 
 class CachedScorer:
@@ -217,13 +41,16 @@ class CachedScorer:
             Rows answered without the model so far, on this rank. Rows without completion tokens are not counted.
         misses (`int`):
             Rows that the model had to score.
+        damaged (`int`):
+            Those of them that were stored, but damaged. They are scored anew and replaced.
     """
 
     def __init__(self, wrapped: Scorer | None, path: str | os.PathLike[str], *, temperature: float) -> None:
         self.wrapped = wrapped
         identity = None if wrapped is None else wrapped.identity()
         self.cache = LogprobCache(path, temperature=temperature, identity=identity)
-        self.hits = self.misses = 0
+        self.hits = self.misses = self.damaged = 0
+        self._has_warned = False
 
     @property
     def is_sharded(self) -> bool:
@@ -256,14 +83,19 @@ class CachedScorer:
 
         Raises:
             `ValueError`: If a mask has a gap, or rows are missing and there is no model.
+            `OSError`: If the file cannot be used, or rows in it are damaged and there is no model.
         """
         input_ids, mask, num_tokens = sequences.input_ids, sequences.attention_mask.bool().cpu(), sequences.num_tokens
         written = mask[:, input_ids.size(1) - num_tokens :]
         keys = _row_keys(input_ids.cpu(), mask, num_tokens)
-        known = self.cache.read(key for key in keys if key is not None)
+        lengths = {key: n for key, n in zip(keys, written.sum(1).tolist(), strict=True) if key is not None}
+        known, damaged = self.cache.read(lengths)
         missing = {key: row for row, key in enumerate(keys) if key is not None and key not in known}
         self.misses += len(missing)
         self.hits += sum(key is not None for key in keys) - len(missing)
+        self.damaged += len(damaged)
+        if damaged:
+            self._report(len(damaged), len(keys))
 
         called, calls = list(missing.values()), bool(missing)
         if self.wrapped is not None and self.wrapped.is_sharded:
@@ -279,7 +111,7 @@ class CachedScorer:
             logps = self.wrapped.score(Sequences.of(input_ids[rows], sequences.attention_mask[rows], num_tokens))
             scored = dict(zip(called, logps.float().cpu(), strict=True))
             fresh = {key: scored[row][written[row]] for key, row in missing.items()}
-            self.cache.write(fresh)
+            self.cache.write(fresh, damaged)
             known |= fresh
 
         result = torch.zeros(sequences.scored.shape, dtype=torch.float32)
@@ -287,6 +119,17 @@ class CachedScorer:
             if key is not None:
                 result[row, written[row]] = known[key]
         return result.to(input_ids.device).masked_fill(~sequences.scored, 0.0)
+
+    def _report(self, damaged: int, asked: int) -> None:
+        found = f"{damaged} of {asked} rows in {self.cache.path} are damaged: they are no longer what was written"
+        if self.wrapped is None:
+            raise OSError(
+                f"{found}, and there is no model to score them. Score them anew with `precompute`, or pass the model, "
+                "and look at the disk."
+            )
+        if not self._has_warned:
+            logger.warning("%s. Damaged rows are scored anew and replaced. Look at the disk.", found)
+            self._has_warned = True
 
 
 def precompute(

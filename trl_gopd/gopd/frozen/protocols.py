@@ -2,9 +2,15 @@
 
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from ..batch import Sequences
+
+
+# By how much a log-probability may exceed 0: that of a probability of 1 is the difference of two float32 numbers,
+# logit and logsumexp, which are below 256 in models.
+ROUNDING = 4 * 256 * torch.finfo(torch.float32).eps
 
 
 @runtime_checkable

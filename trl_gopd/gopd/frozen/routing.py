@@ -1,12 +1,15 @@
 """Which teacher, which reference and which λ a row has."""
 
-import math
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+LARGEST = torch.finfo(torch.float32).max  # λ
 
 
 class Routing:
@@ -147,8 +150,12 @@ class Routing:
         return self._ids.index(value)
 
     def _lambda(self, value: Any, where: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ValueError(f"`{self._lambda_column}` must be a finite number >= 0, got {value!r} in {where}.")
+        # A greater one is infinite in float32, and a whole number may be greater than any float.
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LARGEST:
+            raise ValueError(
+                f"`{self._lambda_column}` must be a finite number >= 0, got {reprlib.repr(value)} in {where}. Correct "
+                "the row, or leave it out."
+            )
         return float(value)
 
 

@@ -5,29 +5,22 @@ The requests are those of TRL's `VLLMClient.get_sequence_logprobs`, a class that
 the server needs it: a student on any machine may ask.
 """
 
-import json
 import logging
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import torch
 from torch import Tensor
 
 from ..batch import Sequences
+from .address import Address
+from .answers import COMPLETIONS_PATH, MODELS_BYTES, MODELS_PATH, Asked, ModelCard, answering_model, read_cards
+from .http import ClientOptions, Exchange, JsonClient, WrongAnswer
 
 
 logger = logging.getLogger(__name__)
 
-RETRY_DELAYS = (1.0, 4.0, 16.0)  # seconds before a server that cannot be reached is tried again
-CONCURRENT_REQUESTS = 4  # TRL's default: the server has the next rows at hand while it answers
-NEGATIVE_INFINITY = -9999.0  # what vLLM writes for it, since JSON has no such number
-# A probability of 1 is the difference of two float32 numbers, logit and logsumexp, which are below 256 in models.
-ROUNDING = 4 * 256 * torch.finfo(torch.float32).eps
+START_SECONDS = 20.0  # for which a server is waited for when a run begins: its address may be wrong
 # Ids that every vocabulary has, in an order that no text has, so that the model is sure of few of them.
 PROBE = [11, 2, 7, 14, 5, 5, 12, 0, 9, 3, 15, 8, 1, 13, 4, 10]
 ADVICE = (
@@ -35,11 +28,6 @@ ADVICE = (
     "have the student's token ids and room for the prompt, the completion and one token more. For 'stratified' its "
     "`--max-logprobs`, 20 by default, has to be at least `gopd_top_k`."
 )
-
-
-def is_url(given: Any) -> bool:
-    """Whether what the user gave as a model is the address of a server."""
-    return isinstance(given, str) and given.startswith(("http://", "https://"))
 
 
 class ServedScorer:
@@ -56,31 +44,51 @@ class ServedScorer:
             For messages.
         batch_size (`int`):
             Rows a request.
-        timeout (`float`):
-            Seconds without an answer after which a request has failed.
+        options ([`ClientOptions`]):
+            How the server is asked.
         top_k (`int`, *optional*, defaults to `1`):
             How many of the likeliest ids the server is asked for, beside the sampled one.
+        num_ids (`int`, *optional*):
+            How many ids the student has. The server may then tell of no others.
 
     Raises:
-        `ConnectionError`, `TimeoutError`: If the server cannot be reached, or does not answer.
+        `ConnectionError`, `TimeoutError`: If the server cannot be reached, or does not answer in time.
         `RuntimeError`: If it answers with an error, or with something else than log-probabilities.
-        `ValueError`: If it has no model of that name, or ignores the temperature.
+        `ValueError`: If the address is none, the server has no model of that name, or it ignores the temperature.
     """
 
-    def __init__(self, url: str, *, temperature: float, role: str, batch_size: int, timeout: float, top_k: int = 1):
-        address, _, name = url.partition("#")
-        self.url = address.rstrip("/").removesuffix("/v1")
-        self.temperature, self.batch_size, self.timeout, self.top_k = temperature, batch_size, timeout, top_k
-        cards = {card["id"]: card for card in self._ask("/v1/models", "data")}
-        if not cards or name and name not in cards:
+    def __init__(
+        self,
+        url: str,
+        *,
+        temperature: float,
+        role: str,
+        batch_size: int,
+        options: ClientOptions,
+        top_k: int = 1,
+        num_ids: int | None = None,
+    ) -> None:
+        try:
+            address = Address.parse(url)
+        except ValueError as error:
+            raise ValueError(f"The address of `{role}` cannot be used: {error}") from None  # it holds the address
+        self.url = address.server
+        self.temperature, self.batch_size, self.top_k, self.num_ids = temperature, batch_size, top_k, num_ids
+        self._client = JsonClient(address, options)
+        self._patience: float | None = min(START_SECONDS, options.patience)
+        cards = self._ask([Exchange(MODELS_PATH, None, MODELS_BYTES, read_cards, ADVICE)])[0]
+        if not cards or address.model and address.model not in cards:
             raise ValueError(
-                f"`{role}` is {url}, but the server has the models {list(cards)}. Put the name of one of them after "
-                "`#`, or start the server with it."
+                f"`{role}` is {address}, but the server has the models {list(cards)}. Put the name of one of them "
+                "after `#`, or start the server with it."
             )
-        self.model = name or next(iter(cards))
-        self.source: str = cards[self.model].get("root") or self.model
-        self._max_length = cards[self.model].get("max_model_len")
+        self.model = address.model or next(iter(cards))
+        self.source, self._max_length = cards[self.model].source, cards[self.model].max_length
+        # Names under which the server has this model: it may answer under another one than it was asked by.
+        self._names = {name for name, card in cards.items() if card.source == self.source}
         self._check_temperature(role)
+        self._client.greeting = Exchange(MODELS_PATH, None, MODELS_BYTES, self._check_model, ADVICE)
+        self._patience = None
         logger.info("`%s` is %s (%s), served at %s.", role, self.model, self.source, self.url)
 
     @property
@@ -94,7 +102,7 @@ class ServedScorer:
         return None if self._max_length is None else self._max_length - 1  # the server always generates a token
 
     def identity(self) -> dict[str, Any]:
-        """Name and address of the model."""
+        """Name and address of the model, without the secrets of the address."""
         # the model, and not where it is served: that may change when a run is resumed
         return {"name": self.source, "revision": None, "weights": None, "url": self.url}
 
@@ -140,19 +148,20 @@ class ServedScorer:
         ]
         counts = [len(own) - own.index(True) if any(own) else 0 for own in wanted]
         rows = [row for row, count in enumerate(counts) if count]
-
-        def ask(start: int) -> list[list[dict[int, float]]]:
-            part = rows[start : start + self.batch_size]
-            return self._distributions(
+        parts = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        asked = [
+            Asked(
+                self.model,
                 [ids[row] for row in part],
                 [counts[row] for row in part],
                 part,
                 temperature=self.temperature,
                 top=self.top_k,
+                num_ids=self.num_ids,
             )
-
-        with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-            answers = [row for part in pool.map(ask, range(0, len(rows), self.batch_size)) for row in part]
+            for part in parts
+        ]
+        answers = [row for part in self._distributions(asked) for row in part]
         tokens: list[int] = []
         by_ids: list[dict[int, float]] = []
         for row, answer in zip(rows, answers, strict=True):
@@ -190,97 +199,31 @@ class ServedScorer:
 
     def _probe(self, temperature: float) -> list[dict[int, float]]:
         top = max(2, self.top_k)
-        return self._distributions([PROBE], [len(PROBE) - 1], [0], temperature=temperature, top=top)[0]
+        probe = Asked(self.model, [PROBE], [len(PROBE) - 1], [0], temperature, top, self.num_ids)
+        return self._distributions([probe])[0][0]
 
-    def _distributions(
-        self,
-        sequences: Sequence[list[int]],
-        counts: Sequence[int],
-        rows: Sequence[int],
-        *,
-        temperature: float,
-        top: int,
-    ) -> list[list[dict[int, float]]]:
-        """
-        Log-probabilities by token id at the last `count` positions of every sequence: of its own token and of the
-        `top` likeliest ones. `rows` are for messages.
-        """
-        choices = self._ask(
-            "/v1/completions",
-            "choices",
-            {
-                "model": self.model,
-                "prompt": sequences,
-                "max_tokens": 1,
-                "prompt_logprobs": top,
-                "temperature": temperature,
-                # or else those of the model's own generation configuration
-                "top_p": 1.0,
-                "top_k": 0,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-            },
-        )
-        if len(choices) != len(sequences):
-            raise RuntimeError(f"{self.url} answered {len(sequences)} sequences with {len(choices)}. {ADVICE}")
-        choices = sorted(choices, key=lambda choice: choice.get("index", 0))
-        return [
-            self._read(choice.get("prompt_logprobs") or [], ids, count, row)
-            for choice, ids, count, row in zip(choices, sequences, counts, rows, strict=True)
-        ]
+    def _distributions(self, asked: Sequence[Asked]) -> list[list[list[dict[int, float]]]]:
+        """Log-probabilities by id at the wanted positions of each text, by request."""
 
-    def _read(self, given: list[Any], ids: list[int], count: int, row: int) -> list[dict[int, float]]:
-        first = len(ids) - count
-        if len(given) != len(ids):
-            raise RuntimeError(
-                f"{self.url} answered the {len(ids)} tokens of row {row} with {len(given)}, so the completion has no "
-                f"log-probabilities from position {max(len(given) - first, 0)} on. {ADVICE}"
+        def exchange(each: Asked) -> Exchange[list[list[dict[int, float]]]]:
+            def read(answer: Any) -> list[list[dict[int, float]]]:
+                name = answering_model(answer)
+                if name is not None and name not in self._names:
+                    raise WrongAnswer(f"answered with the model {name!r} instead of {self.model!r}")
+                return each.read(answer)
+
+            return Exchange(COMPLETIONS_PATH, each.payload, each.max_bytes, read, ADVICE)
+
+        return self._ask([exchange(each) for each in asked])
+
+    def _check_model(self, answer: Any) -> None:
+        """Whether a server that was away has come back with the model that it had."""
+        cards = read_cards(answer)
+        if cards.get(self.model) != ModelCard(self.source, self._max_length):
+            raise WrongAnswer(
+                f"was away and has come back with the models {cards}, without {self.model!r} as it was, "
+                f"{ModelCard(self.source, self._max_length)}"
             )
-        answer = []
-        for position, (token, entries) in enumerate(zip(ids[first:], given[first:], strict=True)):
-            by_id = {int(key): entry["logprob"] for key, entry in (entries or {}).items()}
-            for key in (token, *by_id):
-                value = by_id.get(key)
-                if value is None or not NEGATIVE_INFINITY < value <= ROUNDING:  # which NaN is not either
-                    raise RuntimeError(
-                        f"{self.url} answered row {row}, position {position} of the completion, with the "
-                        f"log-probability {value} for id {key}; it must be finite and at most 0. {ADVICE}"
-                    )
-            answer.append(by_id)
-        return answer
 
-    def _ask(self, path: str, key: str, payload: dict[str, Any] | None = None) -> list[Any]:
-        """What the server answers under `key`."""
-        request = Request(
-            self.url + path,
-            data=None if payload is None else json.dumps(payload).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        for delay in (*RETRY_DELAYS, None):
-            try:
-                with urlopen(request, timeout=self.timeout) as response:
-                    body = response.read().decode(errors="replace")
-                break
-            except HTTPError as error:
-                said = error.read().decode(errors="replace")[:500]
-                raise RuntimeError(f"{self.url}{path} answered HTTP {error.code}: {said} {ADVICE}") from error
-            except (OSError, HTTPException) as error:
-                if isinstance(getattr(error, "reason", error), TimeoutError):
-                    raise TimeoutError(
-                        f"{self.url}{path} did not answer in {self.timeout} seconds. Look whether the server is "
-                        "overloaded, or raise `served_teacher_timeout`."
-                    ) from error
-                if delay is None:
-                    raise ConnectionError(
-                        f"{self.url} cannot be reached after {len(RETRY_DELAYS) + 1} attempts: {error}. Check that "
-                        "the server runs (`vllm serve MODEL`), its host and port, and that this machine may reach it."
-                    ) from error
-                logger.warning("%s cannot be reached (%s), trying again in %s seconds.", self.url, error, delay)
-                time.sleep(delay)
-        try:
-            answer = json.loads(body)[key]
-        except (ValueError, KeyError, TypeError):
-            answer = None
-        if not isinstance(answer, list):
-            raise RuntimeError(f"{self.url}{path} answered without a list of `{key}`: {body[:500]} {ADVICE}")
-        return answer
+    def _ask(self, exchanges: Sequence[Exchange[Any]]) -> list[Any]:
+        return self._client.ask(exchanges, patience=self._patience)

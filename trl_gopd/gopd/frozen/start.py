@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import broadcast
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -118,7 +119,13 @@ class StudentStart:
                 "it was. Resume from a checkpoint of a run with the same `peft_config`, or start anew with another "
                 "`output_dir`, or pass `ref_model`, or use `gopd_lambda=1`."
             )
-        loaded = load_file(path)
+        try:
+            loaded = load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}). Resume from another checkpoint; to go on from the weights alone, pass "
+                "the folder as `model`."
+            ) from error
         shapes, own = ({name: tuple(t.shape) for name, t in named.items()} for named in (loaded, self._tensors))
         differing = [name for name in shapes | own if shapes.get(name) != own.get(name)]
         if differing:
