@@ -21,7 +21,9 @@ def test_one_number_is_enough(dtype, value, position):
 
 
 def test_largest_number_of_a_dtype_is_finite():
-    assert all(is_finite(torch.tensor([torch.finfo(dtype).min, torch.finfo(dtype).max])) for dtype in DTYPES)
+    assert all(
+        is_finite(torch.tensor([torch.finfo(dtype).min, torch.finfo(dtype).max], dtype=dtype)) for dtype in DTYPES
+    )
 
 
 def test_no_numbers_and_whole_numbers():

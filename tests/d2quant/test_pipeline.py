@@ -412,11 +412,13 @@ class TestDamagedWorkFolder:
 
     @pytest.mark.parametrize("damage", ["flip", "header", "zeros", "cut", "empty", "delete"])
     def test_streams_are_computed_again(self, run, resume, caplog, damage):
+        before = (run / "streams.safetensors").read_bytes()
         harm(run / "streams.safetensors", damage)
-        (run / "block-0003.safetensors").unlink()
-        assert resume() == [3]
+        assert resume() == []
         assert "streams.safetensors" in caplog.text
-        assert "The 2 finished blocks are run again over the calibration tokens" in caplog.text
+        assert "Finished blocks are run again over the calibration tokens, up to number 3" in caplog.text
+        # and written again, tensors for tensors; the order of entries in the header is safetensors' own
+        assert (run / "streams.safetensors").read_bytes()[-1000:] == before[-1000:]
 
     def test_streams_of_an_earlier_block(self, finished, run, resume, tokenizer, tmp_path, monkeypatch):
         """Killed between the two files of a block, or another process of the same run is behind."""

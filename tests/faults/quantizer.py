@@ -6,6 +6,8 @@ import math
 import os
 import resource
 import shutil
+import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,8 +106,6 @@ def write_files(files: dict[str, bytes], folder: Path) -> Path:
 @cache
 def packed_files(shards: bool = False) -> dict[str, bytes]:
     """The files of a packed checkpoint, by their names."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         if shards:
             reference()[0].save_pretrained(folder, max_shard_size="20KB")
@@ -117,8 +117,6 @@ def packed_files(shards: bool = False) -> dict[str, bytes]:
 @cache
 def work_files(**options: Any) -> dict[str, bytes]:
     """The files of a work folder after a whole run, by their names, which begin with the run's."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         quantized(work_dir=folder, **options)
         return files_of(Path(folder))
@@ -147,8 +145,6 @@ def _status(name: str) -> int:
 @cache
 def packed_in(dtype: torch.dtype) -> tuple[str | None, torch.Tensor]:
     """Checksum and logits of the undamaged checkpoint, loaded in this dtype."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         model = AutoModelForCausalLM.from_pretrained(write_files(packed_files(), Path(folder)), dtype=dtype)
         return digest(model), logits(model)
@@ -192,8 +188,6 @@ def _save(path: Path) -> None:
 
 @cache
 def _events_of_a_save() -> int:
-    import tempfile
-
     reference()
     with tempfile.TemporaryDirectory() as folder:
         return count_events(_save, Path(folder) / "packed", root=Path(folder))
@@ -264,14 +258,10 @@ def full_disk_of_a_save(trial: Trial) -> Ending:
 # Killed while quantizing
 
 
+@cache
 def _events_of_a_run() -> int:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         return count_events(quantized_digest, work_dir=folder, root=Path(folder))
-
-
-_events_of_a_run = cache(_events_of_a_run)
 
 
 def _killed_run(trial: Trial, mode: Any) -> Ending:
@@ -303,24 +293,34 @@ def powerless_run(trial: Trial) -> Ending:
     return _killed_run(trial, "power")
 
 
+def _run(root: Path) -> None:
+    model = quantized(work_dir=str(root / "work"))
+    save_quantized(model, root / "models" / "packed", tokenizer=tokenizer())
+
+
+@cache
+def _seconds_of_a_run() -> float:
+    packed_files()
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        forked(_run, Path(folder))
+        return time.perf_counter() - start
+
+
 @scenario("a quantization with its save is killed at random times", area=AREA, tries=100, short=2, seconds=60)
 def random_kills(trial: Trial) -> Ending:
     """Up to three kills of one run; whatever is left, the run that ends writes the same files as one without kills."""
-    root = trial.folder
-    path = root / "models" / "packed"
-
-    def run() -> None:
-        save_quantized(quantized(work_dir=str(root / "work")), path, tokenizer=tokenizer())
-
+    path, kills = trial.folder / "models" / "packed", 0
     for _ in range(trial.random.randint(1, 3)):
-        ended = forked(run, kill=KillAfter(trial.random.uniform(0.0, 1.0)))
-        if not ended.was_killed:
-            break
+        ended = forked(_run, trial.folder, kill=KillAfter(trial.random.uniform(0.0, _seconds_of_a_run())))
+        kills += ended.was_killed
         assert not path.exists() or files_of(path) == packed_files()
+        if path.exists():
+            break
     if not path.exists():
-        run()
+        _run(trial.folder)
     assert files_of(path) == packed_files()
-    return Ending.RECOVERED
+    return Ending.RECOVERED if kills else Ending.INTACT
 
 
 @scenario("the disk of the work folder is full", area=AREA, tries=40, short=2)

@@ -4,6 +4,7 @@ One of two ranks fails, is killed, or finds its disk full: both end soon, nobody
 Ranks are started by `accelerate launch`, `torchrun` and `deepspeed`, under DDP, ZeRO-2, ZeRO-3 and FSDP2, on gloo.
 """
 
+import re
 from pathlib import Path
 
 import transformers
@@ -35,12 +36,10 @@ def fail(trial: Trial, ways: list[tuple[str, str, str]], said: str, *options: st
     end = launch(launcher, layout, trial.folder, *more.split(), *options)
     assert_soon(end)
     assert said in end.log, end.log[-5000:]
-    assert "by peer" not in end.log.partition(said)[0], (
-        f"A lost connection is read before the error.\n{end.log[-5000:]}"
-    )
-    if (
-        launcher != "deepspeed" and "disk" not in more
-    ):  # which prints no summary, or where it can be written to no file
+    assert "by peer" not in end.log.partition(said)[0], f"A lost connection is read first.\n{end.log[-5000:]}"
+    if launcher == "deepspeed":
+        assert re.search(rf"OtherRankError: Rank \d: {re.escape(said)}", end.log), end.log[-5000:]
+    elif "disk" not in more:  # the message reaches torchrun through a file
         assert said in end.log.partition(SUMMARY)[2], end.log[-5000:]
     return Ending.REFUSED
 

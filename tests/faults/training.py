@@ -97,17 +97,28 @@ def kept_trainer(estimator: str) -> GOPDTrainer:
     return build(estimator)
 
 
-def result(trainer: GOPDTrainer) -> list[Any]:
+def result(trainer: GOPDTrainer) -> dict[str, Any]:
     """All that a run leaves, to be compared bit for bit."""
     optimizer = trainer.optimizer.state_dict()
-    tensors = [*trainer.model.state_dict().values()]
-    tensors += [value for state in optimizer["state"].values() for value in state.values()]
-    rest = [optimizer["param_groups"], trainer._schedule.state_dict(), trainer._guard.state_dict()]
-    states = [torch.get_rng_state().numpy().tobytes(), trainer.lr_scheduler.get_last_lr()]
-    return [*(tensor.numpy().tobytes() for tensor in tensors), repr(rest), *states]
+    moments = {f"{key} of {n}": v for n, state in optimizer["state"].items() for key, v in state.items()}
+    tensors = {**trainer.model.state_dict(), **moments, "random numbers": torch.get_rng_state()}
+    return {
+        **{name: tensor.numpy().tobytes() for name, tensor in tensors.items()},
+        "groups": repr(optimizer["param_groups"]),
+        "learning rate": trainer.lr_scheduler.get_last_lr(),
+        "schedule": trainer._schedule.state_dict(),
+        "skipped": trainer._guard.state_dict(),
+    }
 
 
-def train(trainer: GOPDTrainer, folder: Path, resume: bool | str | None = None) -> list[Any]:
+def assert_same(result: dict[str, Any], estimator: str, *, but: tuple[str, ...] = ()) -> None:
+    """The result is that of the run without faults."""
+    want = uninterrupted(estimator)[0]
+    differing = [name for name in want if name not in but and result[name] != want[name]]
+    assert result.keys() == want.keys() and not differing, f"{estimator}: {differing[:5]} differ."
+
+
+def train(trainer: GOPDTrainer, folder: Path, resume: bool | str | None = None) -> dict[str, Any]:
     """Trains in a folder, and returns the `result`."""
     trainer.args.output_dir = str(folder)
     set_seed(trainer.args.seed, device_specific=True)  # as the constructor ends with, wherever this process was since
@@ -117,11 +128,11 @@ def train(trainer: GOPDTrainer, folder: Path, resume: bool | str | None = None) 
 
 
 @functools.cache
-def uninterrupted(estimator: str) -> tuple[list[Any], Path]:
+def uninterrupted(estimator: str) -> tuple[dict[str, Any], Path]:
     """What a run without faults ends in, and a folder with all of its checkpoints."""
     folder = models() / f"uninterrupted-{estimator}"
 
-    def run() -> list[Any]:
+    def run() -> dict[str, Any]:
         trainer = kept_trainer(estimator)
         trainer.args.save_total_limit = None
         return train(trainer, folder)
@@ -143,7 +154,8 @@ def goes_on(estimator: str, folder: Path) -> Ending:
     """A run goes on from the newest whole checkpoint, if there is the beginning of any, and ends as it should have."""
     whole = [step for step in steps(folder) if problem(folder / f"checkpoint-{step}") is None]
     again = done(forked(train, kept_trainer(estimator), folder, True if steps(folder) else None))
-    assert again == uninterrupted(estimator)[0]
+    # A run that was over draws no more random numbers, and does not ask which it would have drawn.
+    assert_same(again, estimator, but=("random numbers",) if STEPS in whole else ())
     assert problem(folder / f"checkpoint-{STEPS}") is None
     return Ending.RECOVERED if whole or steps(folder) else Ending.INTACT
 
@@ -215,7 +227,7 @@ def full_disk(trial: Trial) -> Ending:
         ended = forked(train, kept_trainer(estimator), out)
         shutil.copytree(out, more)
     if ended.error is None:
-        assert done(ended) == uninterrupted(estimator)[0]
+        assert_same(done(ended), estimator)
         return Ending.INTACT
     assert isinstance(ended.error, OSError), ended.text
     assert "could not be written, on a disk with" in str(ended.error), ended.text
@@ -308,8 +320,7 @@ def foreign_files(trial: Trial) -> Ending:
         path.write_bytes(trial.random.randbytes(9))
     (out / "checkpoint-latest").mkdir()
     (out / "checkpoint-9").write_text("no folder")
-    again = done(forked(train, kept_trainer(estimator), out, True))
-    assert again == uninterrupted(estimator)[0]
+    assert_same(done(forked(train, kept_trainer(estimator), out, True)), estimator)
     return Ending.INTACT
 
 
@@ -318,10 +329,10 @@ def two_runs(trial: Trial) -> Ending:
     estimator = ESTIMATORS[trial.number % 3]
     out, meeting = trial.folder / "out", trial.random.randrange(2 * STEPS)
 
-    def other() -> list[Any]:
+    def other() -> dict[str, Any]:
         return train(kept_trainer(ESTIMATORS[(trial.number + 1) % 3]), out, True if steps(out) else None)
 
-    def run() -> tuple[list[Any], str]:
+    def run() -> tuple[dict[str, Any], str]:
         trainer, met = kept_trainer(estimator), []
         inherited, count = trainer.training_step, iter(range(99))
 
@@ -336,9 +347,42 @@ def two_runs(trial: Trial) -> Ending:
         return train(trainer, out), met[0]
 
     first, second = done(forked(run))
-    assert first == uninterrupted(estimator)[0]
+    assert_same(first, estimator)
     assert "is training in" in second and "another `output_dir`" in second, second
     assert not list(out.glob("_gopd_*"))
+    return Ending.REFUSED
+
+
+# Other frozen models
+
+
+@scenario("another frozen model than the one of the checkpoint", area="training", tries=60, short=1)
+def other_model(trial: Trial) -> Ending:
+    """A number of its weights, or a field of its configuration, has changed by as little as it can."""
+    estimator, out = ESTIMATORS[trial.number % 3], trial.folder / "out"
+    shutil.copytree(uninterrupted(estimator)[1], out)
+    shutil.rmtree(out / f"checkpoint-{STEPS}")
+    role = trial.random.choice(["teachers", "references"])
+
+    def run() -> None:
+        trainer = kept_trainer(estimator)
+        module = getattr(trainer, role)[None].inner.model
+        if trial.random.random() < 0.25:
+            name = trial.random.choice(["rms_norm_eps", "rope_theta", "hidden_act", "attention_bias"])
+            if name == "rope_theta":
+                module.config.rope_parameters[name] *= 2
+            else:
+                old = getattr(module.config, name)
+                setattr(module.config, name, "gelu" if isinstance(old, str) else not old if old in (0, 1) else 2 * old)
+        else:
+            parameter = trial.random.choice(list(module.parameters())).data.view(-1)
+            place = trial.random.randrange(parameter.numel())
+            parameter[place] = torch.nextafter(parameter[place], torch.tensor(math.inf))
+        train(trainer, out, True)
+
+    error = forked(run).error
+    assert isinstance(error, ValueError) and "Pass the same model, or start anew" in str(error), error
+    assert f"among its {role}" in str(error), error
     return Ending.REFUSED
 
 

@@ -320,3 +320,16 @@ class TestSummarize:
 
 
 NOT_SHOWN = ("advantage_square", "extrapolation_abs", "distillation_abs")
+
+
+def test_numbers_that_are_not_finite_are_not_logged():
+    from trl_gopd.gopd.metrics import drop_nonfinite
+
+    nan, inf = float("nan"), float("inf")
+    metrics = {"a": [1.0, nan, 3], "b": [inf], "c": ["text"], "d": []}
+    assert drop_nonfinite({"loss": 1.0, "grad_norm": nan, "epoch": 1, "name": "x"}, metrics) == {
+        "loss": 1.0,
+        "epoch": 1,
+        "name": "x",
+    }
+    assert metrics == {"a": [1.0, 3], "c": ["text"]}

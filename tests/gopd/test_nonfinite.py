@@ -202,6 +202,16 @@ class TestSkip:
         assert is_same(steps.before[0], steps.after[0]) and not is_same(steps.before[1], steps.after[1])
         assert "The norm of the gradient is inf" in caplog.text and "step 1 is left out" in caplog.text
 
+    def test_only_finite_numbers_are_logged(self, make, tmp_path):
+        class Overflowing(Recording):
+            def _compute_loss(self, model, inputs):
+                return super()._compute_loss(model, inputs) * (1e38 if self.state.global_step == 0 else 1.0)
+
+        trainer = make(Overflowing, gopd_nonfinite="skip", max_steps=2, save_strategy="steps", save_steps=2)
+        trainer.train()
+        text = (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text()
+        assert "NaN" not in text and "Infinity" not in text and len(logged(trainer, "grad_norm")) == 1
+
     def test_the_schedule_of_lambda_does_not_see_it(self, make):
         options = {"gopd_lambda_schedule": "adaptive", "gopd_lambda": 2.0, "gopd_nonfinite": "skip"}
         trainer = make(Poisoned, per_device_train_batch_size=1, gradient_accumulation_steps=4, **options)

@@ -79,14 +79,15 @@ class WorkDir:
             linears=[asdict(entry) for entry in block_report.linears],
             shift_explained=block_report.shift_explained,
         )
-        self._write(STREAMS, {"full": torch.cat(streams.full), "quantized": torch.cat(streams.quantized)}, done=done)
+        self._save_streams(done, streams)
 
     def load(
         self, topology: Topology, calls: BlockCalls, streams: Streams, config: D2QuantConfig
     ) -> list[BlockReport]:
         """
         Puts the finished blocks that are whole into the model, up to the first that is not, and moves `streams` behind
-        them. Where no whole file has these streams, the blocks are run again. Returns the blocks' reports.
+        them. Where no whole file has these streams, the blocks are run again, and it is written. Returns the blocks'
+        reports.
         """
         finished = self._count_finished(len(topology.blocks))
         start = self._load_streams(streams, finished) if finished else 0
@@ -97,6 +98,8 @@ class WorkDir:
             reports.append(self._load_block(number, block, config))
             if number > start:
                 calls.move(block, streams.quantized)
+        if start < finished:
+            self._save_streams(finished, streams)
         return reports
 
     def _count_finished(self, count: int) -> int:
@@ -110,12 +113,17 @@ class WorkDir:
                 return number - 1
         return count
 
+    def _save_streams(self, done: int, streams: Streams) -> None:
+        self._write(STREAMS, {"full": torch.cat(streams.full), "quantized": torch.cat(streams.quantized)}, done=done)
+
     def _load_streams(self, streams: Streams, finished: int) -> int:
         """Loads the streams behind at most `finished` blocks. Returns behind how many; 0 leaves `streams` alone."""
         try:
             tensors, facts = self._read(STREAMS)
         except _NotWhole as error:
-            logger.warning(f"{error} The {finished} finished blocks are run again over the calibration tokens.")
+            logger.warning(
+                f"{error} Finished blocks are run again over the calibration tokens, up to number {finished}."
+            )
             return 0
         if facts["done"] > finished:
             return 0

@@ -4,7 +4,7 @@ several teachers, also of each one.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -169,3 +169,28 @@ def summarize(means: Mapping[str, float], largest_advantage: float) -> dict[str,
     if not logged.get("outside_vocabulary_share"):
         logged.pop("outside_vocabulary_share", None)
     return logged
+
+
+def drop_nonfinite(logs: Mapping[str, Any], metrics: MutableMapping[str, list[Any]]) -> dict[str, Any]:
+    """
+    Numbers without those that are not finite, of steps that were left out. JSON and most trackers know no others, and
+    one would be the mean of all that it is averaged with.
+
+    Args:
+        logs (`Mapping[str, Any]`):
+            What is about to be logged.
+        metrics (`MutableMapping[str, list]`):
+            TRL's values since the last time, whose means are logged, too. Changed in place.
+
+    Returns:
+        `dict[str, Any]`: the rest of `logs`.
+    """
+    for name, values in list(metrics.items()):
+        metrics[name] = [value for value in values if _is_finite(value)]
+        if not metrics[name]:
+            del metrics[name]
+    return {name: value for name, value in logs.items() if _is_finite(value)}
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)

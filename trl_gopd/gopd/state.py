@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from ..files import written_whole
@@ -23,6 +22,7 @@ from .frozen.identity import is_partial, is_same_identity
 from .frozen.local import vocab_size_of
 from .frozen.start import StudentStart
 from .nonfinite import NonFiniteGuard
+from .ranks import OtherRankError
 from .rollout_file import read_rollouts, write_rollouts
 from .schedules import LambdaSchedule
 
@@ -146,6 +146,8 @@ class RunState:
             if self.args.should_save:
                 write_manifest(folder)
                 rotate(folder, limit=limit, best=self.trainer.state.best_model_checkpoint)
+        except OtherRankError:
+            raise
         except (OSError, RuntimeError, SafetensorError) as error:  # which of them, a library decides for itself
             free = shutil.disk_usage(folder.parent).free
             raise OSError(
@@ -171,7 +173,6 @@ class RunState:
     def resume(self, given: str | os.PathLike[str] | bool | None, start: StudentStart | None) -> str | None:
         """
         Puts back what `saved` wrote, and returns the folder of the checkpoint for the trainer; `None` to start anew.
-        An error of one rank is raised on all.
 
         Args:
             given (`str` or `os.PathLike` or `bool`, *optional*):
@@ -182,16 +183,9 @@ class RunState:
         folder = whole_checkpoint(given, self.args.output_dir, self.accelerator)
         if folder is None:
             return None
-        failure: Exception | None = None
-        try:
-            if start is not None:  # before it is compared with that of the checkpoint
-                start.load(folder)
-            self.load(folder)
-        except (ValueError, OSError) as error:
-            failure = error
-        said = [text for text in gather_object([None if failure is None else str(failure)]) if text is not None]
-        if said:
-            raise failure or ValueError(f"Another rank cannot resume. {said[0]}")
+        if start is not None:  # before it is compared with that of the checkpoint
+            start.load(folder)
+        self.load(folder)
         return str(folder)
 
     def load(self, folder: Path) -> None:

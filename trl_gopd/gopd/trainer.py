@@ -35,6 +35,7 @@ from .frozen.adapter import copy_start, is_peft, refuse_anchor_name, without_ada
 from .frozen.build import asks_servers
 from .frozen.routing import Routing, as_name
 from .generation_batch import route, weigh_stored
+from .metrics import drop_nonfinite
 from .model_card import PAPER, describe
 from .observer import NONFINITE_SHARE, EndOfStep
 from .ranks import together
@@ -292,9 +293,8 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
     @together()
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
-        As in [`~transformers.Trainer`], but `True` takes the newest checkpoint that is whole. Resuming with other
-        frozen models than the checkpoint's raises, and every other option that has changed is logged. Another run may
-        not save into the same folder at the same time.
+        As in [`~transformers.Trainer`], but `True` takes the newest whole checkpoint, other frozen models than its own
+        raise, other options are logged, and no other run may save into the same folder at the same time.
         """
         saves = self.args.save_strategy != "no"
         with sole_writer(Path(self.args.output_dir), self.accelerator) if saves else nullcontext():
@@ -435,10 +435,10 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
     # Logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in [`~transformers.Trainer`]; with `log_completions`, also writes a page of coloured tokens."""
+        """As in [`~transformers.Trainer`], finite numbers alone; with `log_completions`, also writes a page."""
         if self._completion_log is not None:
             self._completion_log.fill(self._logs)
-        super().log(logs, start_time)
+        super().log(drop_nonfinite(logs, self._metrics[self._mode]), start_time)
         if self._completion_log is not None and self.accelerator.is_main_process and self.model.training:
             self._completion_log.write_page(
                 Path(self.args.output_dir, "completions"),
