@@ -25,7 +25,7 @@ AREAS = tuple(
     sorted(
         path.stem
         for path in Path(__file__).parent.glob("*.py")
-        if not path.stem.startswith(("__", "test_", "soak_")) and path.stem not in ("harness", "processes", "disks")
+        if not path.stem.startswith(("__", "test_", "soak")) and path.stem not in ("harness", "processes", "disks")
     )
 )
 MARKS = ("<!-- faults: begin -->", "<!-- faults: end -->")
