@@ -256,3 +256,14 @@ def test_two_runs_in_one_folder(make, tmp_path):
     trainer = make(Meeting, **SAVING)
     trainer.train()
     assert "is training in" in str(trainer.met) and problem(tmp_path / "out" / "checkpoint-1") is None
+
+
+def test_a_run_that_was_over_takes_no_further_step(make, tmp_path):
+    options = {**SAVING, "steps_per_generation": 2, "per_device_train_batch_size": 2, "max_steps": 3}
+    whole = make(**options)
+    whole.train()
+    resumed = make(**options)
+    resumed.train(resume_from_checkpoint=True)
+    again = weights(resumed)
+    assert resumed.state.global_step == 3 and not hasattr(resumed, "losses")
+    assert all(torch.equal(value, again[name]) for name, value in weights(whole).items())

@@ -8,11 +8,12 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..files import written_whole
 from ._trl import get_rollouts, set_rollouts
@@ -22,9 +23,10 @@ from .frozen.identity import is_partial, is_same_identity
 from .frozen.local import vocab_size_of
 from .frozen.start import StudentStart
 from .nonfinite import NonFiniteGuard
-from .ranks import OtherRankError
+from .ranks import is_of_another_rank
 from .rollout_file import read_rollouts, write_rollouts
 from .schedules import LambdaSchedule
+from .sole_writer import sole_writer
 
 
 logger = logging.getLogger(__name__)
@@ -119,18 +121,24 @@ class RunState:
         self.settings: dict[str, Any] = json.loads(json.dumps(values, default=str))
         self._micro_steps = (args.steps_per_generation or 1) * args.num_iterations  # of one generation batch
 
+    def alone(self) -> AbstractContextManager[None]:
+        """Context in which no other run saves checkpoints into the same folder; nothing if this one saves none."""
+        saves = self.args.save_strategy != "no"
+        return sole_writer(Path(self.args.output_dir), self.accelerator) if saves else nullcontext()
+
     @contextmanager
-    def saved(self, folder: Path, start: StudentStart | None) -> Iterator[None]:
+    def saved(self, output_dir: Path, start: StudentStart | None) -> Iterator[None]:
         """
         Around the trainer's writing of a checkpoint: before it, what `load` reads; after it, the manifest. Only when
         this is on the disk are older checkpoints removed.
 
         Args:
-            folder (`Path`):
-                Folder of the checkpoint.
+            output_dir (`Path`):
+                Folder of the checkpoints.
             start ([`StudentStart`], *optional*):
                 The student's start, if it has to be kept.
         """
+        folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.trainer.state.global_step}"
         limit = self.args.save_total_limit
         try:
             if self.args.should_save:
@@ -146,9 +154,9 @@ class RunState:
             if self.args.should_save:
                 write_manifest(folder)
                 rotate(folder, limit=limit, best=self.trainer.state.best_model_checkpoint)
-        except OtherRankError:
-            raise
         except (OSError, RuntimeError, SafetensorError) as error:  # which of them, a library decides for itself
+            if is_of_another_rank(error):
+                raise
             free = shutil.disk_usage(folder.parent).free
             raise OSError(
                 f"The checkpoint {folder} could not be written, on a disk with {free} free bytes "

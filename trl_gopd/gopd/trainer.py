@@ -14,7 +14,6 @@ import trl
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from . import batch as keys
@@ -41,7 +40,6 @@ from .observer import NONFINITE_SHARE, EndOfStep
 from .ranks import together
 from .rewards import drop_null_reward, null_reward
 from .rollouts import stored_completions
-from .sole_writer import sole_writer
 from .state import RunState
 from .student import Student
 
@@ -278,8 +276,7 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        with self._run_state.saved(folder, self._kept_start):
+        with self._run_state.saved(Path(self._get_output_dir(trial=trial)), self._kept_start):
             super()._save_checkpoint(model, trial)
 
     def _load_best_model(self) -> None:
@@ -296,10 +293,14 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         As in [`~transformers.Trainer`], but `True` takes the newest whole checkpoint, other frozen models than its own
         raise, other options are logged, and no other run may save into the same folder at the same time.
         """
-        saves = self.args.save_strategy != "no"
-        with sole_writer(Path(self.args.output_dir), self.accelerator) if saves else nullcontext():
-            folder = self._run_state.resume(resume_from_checkpoint, self._kept_start)
-            return super().train(folder, *args, **kwargs)
+        with self._run_state.alone():
+            return super().train(self._run_state.resume(resume_from_checkpoint, self._kept_start), *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:  # the run was over when it was resumed, and transformers would take another step before it looks
+            self.control.should_training_stop = True
 
     # One generation batch
 
