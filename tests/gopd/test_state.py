@@ -10,6 +10,8 @@ How one frozen model is told from another, and what a checkpoint holds beside wh
 import json
 import logging
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -320,6 +322,16 @@ class TestWhole:
         assert problem(folder) is None and not (folder / UNFINISHED).exists()
         (folder / MANIFEST).unlink()
         assert problem(folder) == f"{MANIFEST} is missing, so it was not written to its end"
+
+    def test_what_killed_writers_left_is_not_in_the_manifest(self, checkpoint):
+        folder = checkpoint(3)
+        code = "import os, pathlib, sys\nfrom trl_gopd.files import written_whole\n"
+        code += "with written_whole(pathlib.Path(sys.argv[1])) as part:\n    part.touch()\n    os._exit(0)"
+        subprocess.run([sys.executable, "-c", code, str(folder / MANIFEST)], check=True)
+        assert len(list(folder.glob(".gopd_manifest.*.part.json"))) == 1
+        begin(folder)
+        write_manifest(folder)
+        assert problem(folder) is None
 
     def test_none_is_whole_any_more(self, checkpoint, tmp_path):
         folder = checkpoint(3)
