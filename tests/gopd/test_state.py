@@ -82,6 +82,21 @@ class TestWeights:
             teacher.get_output_embeddings().weight[100] += 1e-3
         assert weights_digest(teacher) != before
 
+    def test_an_expert_of_a_mixture(self):
+        from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "num_experts": 4}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=37, num_hidden_layers=1, num_attention_heads=2, **sizes))
+        experts = {name: value for name, value in model.state_dict().items() if "experts" in name}
+        assert experts
+        before = weights_digest(model)
+        for value in experts.values():
+            kept = value.flatten()[-1].clone()
+            value.view(-1)[-1] += 1e-3
+            assert weights_digest(model) != before
+            value.view(-1)[-1] = kept
+        assert weights_digest(model) == before
+
     def test_packed_weights_are_buffers(self):
         layer = nn.Module()
         layer.register_buffer("qweight", torch.zeros(8, 3, dtype=torch.int32))
