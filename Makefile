@@ -102,6 +102,11 @@ faults: $(STAMP)
 	@echo "Trying faults (forty minutes on two cores)"
 	@$(TEST_ENV) $(BIN)/python -m tests.faults $(or $(FAULTS_ARGS),--json docs/results/faults.json --page docs/reliability.md)
 
+# Writes docs/results/soak.json and the figure of docs/reliability.md.
+soak: $(STAMP)
+	@echo "Training 15,000 steps and quantizing 500 times (twenty minutes on two cores)"
+	@$(TEST_ENV) $(BIN)/python -m tests.faults.soak --json docs/results/soak.json --figure docs/images/soak.png
+
 lint: $(STAMP)
 	@echo "Checking style and types (under a minute)"
 	@$(BIN)/ruff check .

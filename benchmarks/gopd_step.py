@@ -345,6 +345,7 @@ def environment(argv: list[str]) -> dict:
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "trl_gopd", "benchmarks")),
         "versions": {"python": platform.python_version(), **versions},
         "machine": {"processor": _processor(), "cpus": os.cpu_count(), "load_average": os.getloadavg()},
+        "dtype": "float32",  # of the weights
         "seed": SEED,
     }
 

@@ -639,6 +639,25 @@ class TestEditedConfiguration:
         with pytest.raises(ValueError, match="`rms_norm_eps` is 0.1 and was 1e-06. .* do not pass it to `from_pretr"):
             AutoModelForCausalLM.from_pretrained(saved[1], rms_norm_eps=0.1)
 
+    @pytest.mark.parametrize("dtype", [True, "int8", "float8_e5m2x"])
+    def test_dtype_that_is_none(self, folder, dtype):
+        edit_config(folder, lambda config: config.update(dtype=dtype))
+        with pytest.raises(
+            (ValueError, AttributeError), match="must be a floating-point dtype, got|no attribute 'floa"
+        ):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+    @pytest.mark.parametrize("references", [[], ["x"], {"AutoModel": None}])
+    def test_code_that_is_not_named(self, saved, folder, references):
+        edit_config(folder, lambda config: config.update(auto_map=references))
+        assert_same(AutoModelForCausalLM.from_pretrained(folder), saved[0])
+
+    def test_numbers_that_json_lacks(self, saved, tmp_path):
+        model = copy.deepcopy(saved[0])
+        model.config.limits = {"low": 0.0, "high": float("inf"), "none": float("nan")}
+        model.save_pretrained(tmp_path)
+        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
     def test_head_of_another_kind(self, saved):
         model = AutoModelForSequenceClassification.from_pretrained(saved[1], num_labels=3)
         assert_same(model.model, saved[0].model)
@@ -678,6 +697,35 @@ class TestEditedConfiguration:
         forge(folder, lambda entries: entries.update({entry: 10**9}))
         with pytest.raises(ValueError, match=r"a model of \d{11,} numbers, the files hold \d{5}\. Copy or"):
             AutoModelForCausalLM.from_pretrained(folder)
+
+
+class TestFamilies:
+    SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+
+    @pytest.mark.parametrize(
+        ("family", "options"),
+        [
+            ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),  # its experts have other names in files
+            ("gemma3_text", {"head_dim": 16}),  # tied
+            ("gpt_neox", {}),
+        ],
+    )
+    @pytest.mark.parametrize("shard", ["1GB", "20KB"])
+    def test_every_tensor_comes_back(self, tmp_path, family, options, shard):
+        torch.manual_seed(0)
+        sizes = {**self.SIZES, "vocab_size": 96, "num_hidden_layers": 2, **options}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval()
+        tokens = torch.randint(0, 90, (2, 16))
+        data = {"dataset": tokens, "num_samples": 2, "seq_length": 16, "tune_epochs": 0}
+        quantize_model(model, None, D2QuantConfig(2, 16, rounding="rtn", iterations=1, **data))
+        model.save_pretrained(tmp_path, max_shard_size=shard)
+        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+        file = max(tmp_path.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=f"in .*{file.name}.* is not what was saved"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 class TestSaveQuantized:

@@ -94,7 +94,8 @@ def launch(launcher: str, layout: str, folder: Path, *options: str, kill_launche
 
 def _launcher(name: str, layout: str) -> list[str]:
     if name == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        return [*command, "--master_port", str(free_port())]
     if name == "deepspeed":
         command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--no_local_rank"]
         return [*command, "--master_port", str(free_port())]

@@ -101,7 +101,7 @@ ALONE = {
     "missing": ("zero3", {}, "OSError: "),
     "reward": ("ddp", {}, f"ValueError: {launch_fault.MESSAGE}"),
     "error": ("zero3", {"phase": "scoring"}, f"ValueError: {launch_fault.MESSAGE}"),
-    "disk": ("ddp", {"phase": "saving"}, "RuntimeError: [enforce fail at inline_container.cc"),
+    "disk": ("ddp", {"phase": "saving"}, "OSError: The checkpoint "),
 }
 
 
@@ -114,6 +114,14 @@ def test_ranks_end_while_the_one_that_failed_lives_on(fault, models, tmp_path):
     assert (zero.code, one.code) == (1, None), zero.log[-3000:]
     assert zero.log.splitlines()[-2].startswith(f"Rank 1: {said}")
     assert f"\n{said}" in one.log
+
+
+def test_a_disk_that_is_full_for_one_rank_is_named_by_both(models, tmp_path):
+    arguments = {"models": str(models), "out": str(tmp_path), "fault": "disk", "phase": "saving"}
+    zero, one = harness.run_to_end(launch_fault.train, "ddp", within=8, **arguments)
+    assert (zero.code, one.code) == (1, 1)
+    assert one.error.startswith(f"OSError: The checkpoint {tmp_path}/checkpoint-2 could not be written")
+    assert zero.error.endswith(f"OtherRankError: Rank 1: {one.error}")
 
 
 def test_the_end_of_a_rank_inside_a_sharded_model_releases_the_other(models, tmp_path):

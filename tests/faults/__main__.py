@@ -15,7 +15,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks.gopd_step import environment
 from tests.faults.harness import SCENARIOS, run
+from trl_gopd.files import written_whole
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -23,7 +25,7 @@ AREAS = tuple(
     sorted(
         path.stem
         for path in Path(__file__).parent.glob("*.py")
-        if not path.stem.startswith(("__", "test_", "soak_")) and path.stem not in ("harness", "processes", "disks")
+        if not path.stem.startswith(("__", "test_", "soak")) and path.stem not in ("harness", "processes", "disks")
     )
 )
 MARKS = ("<!-- faults: begin -->", "<!-- faults: end -->")
@@ -83,14 +85,17 @@ def main() -> int:
         for failure in row["failures"]:
             print(failure, flush=True)
         if args.json:
-            _write_json(args.json, list(rows.values()))
+            _write_json(args.json, list(rows.values()), facts)
 
+    facts = environment(sys.argv[1:]) | {"command": "make faults", "seed": args.seed}
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(work, sorted(rest, key=lambda s: s.area != "ranks")))  # the longest first
     order = {(scenario.area, scenario.name): number for number, scenario in enumerate(chosen)}
     table = [rows[key] for key in sorted(order, key=order.__getitem__)]
     lost = sum(row["lost"] for row in table)
     tries = sum(row["tries"] for row in table)
+    if args.json:
+        _write_json(args.json, table, facts)
     print(render(table))
     print(f"{len(table)} scenarios, {tries} tries, {lost} lost, {time.perf_counter() - start:.0f} s")
     if args.page:
@@ -113,11 +118,9 @@ def _one(name: str, *, short: bool, seed: int) -> int:
     os._exit(0)  # whatever threads a scenario has left
 
 
-def _write_json(path: Path, rows: list[dict]) -> None:
-    from trl_gopd.files import written_whole
-
+def _write_json(path: Path, rows: list[dict], facts: dict) -> None:
     with written_whole(path) as part:
-        part.write_text(json.dumps({"command": "make faults", "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def render(rows: list[dict]) -> str:

@@ -99,14 +99,14 @@ def damaged(trial: Trial, content: bytes) -> Ending:
 # Damaged files
 
 
-@scenario("a bit of a cache flips", area="caches", tries=600, short=25)
+@scenario("a bit of a cache flips", area="caches", tries=600, short=12)
 def flipped_bit(trial: Trial) -> Ending:
     content = bytearray(filled())
     content[trial.random.randrange(len(content))] ^= 1 << trial.random.randrange(8)
     return damaged(trial, bytes(content))
 
 
-@scenario("some bytes of a cache are others", area="caches", tries=400, short=15)
+@scenario("some bytes of a cache are others", area="caches", tries=400, short=8)
 def other_bytes(trial: Trial) -> Ending:
     content = bytearray(filled())
     for _ in range(trial.random.randint(1, 40)):
@@ -114,7 +114,7 @@ def other_bytes(trial: Trial) -> Ending:
     return damaged(trial, bytes(content))
 
 
-@scenario("a page of a cache is zero, or that of another place", area="caches", tries=200, short=10)
+@scenario("a page of a cache is zero, or that of another place", area="caches", tries=200, short=5)
 def other_page(trial: Trial) -> Ending:
     content, size = bytearray(filled()), 4096
     pages = len(content) // size
@@ -127,7 +127,7 @@ def other_page(trial: Trial) -> Ending:
     return damaged(trial, bytes(content))
 
 
-@scenario("a cache is cut short", area="caches", tries=200, short=8)
+@scenario("a cache is cut short", area="caches", tries=200, short=5)
 def cut(trial: Trial) -> Ending:
     content = filled()
     length = trial.random.randrange(len(content))
@@ -161,7 +161,7 @@ def foreign_journal(trial: Trial) -> Ending:
     return looked_at(path, model=Model())
 
 
-@scenario("rows with NaN, infinity, +5 or the wrong length and a right checksum", area="caches", tries=150, short=8)
+@scenario("rows with NaN, infinity, +5 or the wrong length and a right checksum", area="caches", tries=150, short=5)
 def sealed_rows(trial: Trial) -> Ending:
     path = trial.folder / "cache.sqlite3"
     path.write_bytes(filled())
@@ -182,7 +182,7 @@ def sealed_rows(trial: Trial) -> Ending:
     return ending
 
 
-@scenario("a finite row with a wrong checksum", area="caches", tries=150, short=6)
+@scenario("a finite row with a wrong checksum", area="caches", tries=150, short=3)
 def unsealed_rows(trial: Trial) -> Ending:
     path = trial.folder / "cache.sqlite3"
     path.write_bytes(filled())
@@ -305,7 +305,7 @@ def broken_model(trial: Trial) -> Ending:
 cells = st.none() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.text(max_size=40) | st.binary(max_size=140)
 
 
-@fuzzed("rows of a cache that are anything", st.tuples(cells, cells), area="caches", tries=1500, short=40)
+@fuzzed("rows of a cache that are anything", st.tuples(cells, cells), area="caches", tries=1500, short=25)
 def any_row(given, trial: Trial) -> Ending:
     path = trial.folder / "cache.sqlite3"
     path.write_bytes(filled())
@@ -364,7 +364,7 @@ def any_tables(given, trial: Trial) -> Ending:
     return looked_at(path, FILLED[:4], Model())
 
 
-@fuzzed("files in the place of a cache", st.binary(max_size=300), area="caches", tries=400, short=15)
+@fuzzed("files in the place of a cache", st.binary(max_size=300), area="caches", tries=400, short=8)
 def any_file(content, trial: Trial) -> Ending:
     head = trial.random.choice([b"", b"SQLite format 3\0", filled()[:100], filled()[: trial.random.randrange(9000)]])
     path = trial.folder / "cache.sqlite3"

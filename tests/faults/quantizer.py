@@ -591,7 +591,10 @@ def weight_that_is_not_finite(trial: Trial) -> Ending:
 
 @scenario("weights are so large or small that numbers overflow or vanish", area=AREA, tries=150, short=3)
 def extreme_weights(trial: Trial) -> Ending:
-    """Whatever is too large is refused with the name of a block or tensor; what passes is finite and not zero."""
+    """
+    Whatever is too large is refused with the name of a block or tensor; what passes is finite. A linear that alone was
+    scaled is not zero; one whose inputs vanish may be.
+    """
     model, random = copy.deepcopy(original()), trial.random
     names = random.sample([name for name, _ in model.named_parameters()], random.choice([1, 1, 2, 4]))
     for name in names:
@@ -602,7 +605,6 @@ def extreme_weights(trial: Trial) -> Ending:
         "rotation": random.choice([None, "full"]),
         "mean_shift": random.random() < 0.5,
     }
-    largest = {name: float(tensor.abs().max()) for name, tensor in model.state_dict().items()}
     try:
         quantize_model(model, None, settings(**options))
     except ValueError as error:
@@ -612,7 +614,7 @@ def extreme_weights(trial: Trial) -> Ending:
         return Ending.REFUSED
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
     for name, module in model.named_modules():
-        if isinstance(module, D2QuantLinear) and largest[f"{name}.weight"]:
+        if isinstance(module, D2QuantLinear) and names == [f"{name}.weight"]:
             assert module.dequantize().any(), name
     return Ending.INTACT
 

@@ -81,7 +81,9 @@ def served(trial: Trial) -> Ending:
             return choices
 
         server.edit = edit
-        return fail(trial, [("accelerate", "ddp", "")], "Error: ", "--fault", "served", "--teacher", server.url)
+        return fail(
+            trial, [("accelerate", "ddp", "")], " answered HTTP 400: ", "--fault", "served", "--teacher", server.url
+        )
 
 
 @scenario("the teacher of one rank gives NaN", area="ranks", tries=2, short=0, seconds=200)
@@ -99,7 +101,7 @@ def sharded(trial: Trial) -> Ending:
 @scenario("the disk of one rank is full when it saves", area="ranks", tries=2, short=0, seconds=200)
 def disk(trial: Trial) -> Ending:
     ways = [("accelerate", "zero3", "--fault disk"), ("deepspeed", "zero2", "--fault disk")]
-    return fail(trial, ways, "RuntimeError: [enforce fail at inline_container.cc", "--phase", "saving")
+    return fail(trial, ways, f"OSError: The checkpoint {trial.folder}", "--phase", "saving")
 
 
 @scenario("one rank is killed while it samples, scores, trains or saves", area="ranks", tries=5, short=0, seconds=200)

@@ -349,7 +349,7 @@ def indices(trial: Trial) -> Ending:
 def no_json(trial: Trial) -> Ending:
     def spoil(answer, chance):
         whole = json.dumps(answer).encode()
-        depth = chance.choice([500, 5_000, 60_000])
+        depth = chance.choice([500, 5_000, 30_000])
         return chance.choice(
             [
                 whole[: chance.randrange(len(whole))],

@@ -85,10 +85,11 @@ def soak(estimator: str, steps: int, folder: Path, every: int = SAVED) -> list[d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=5000, help="of each estimator (default: 5000)")
+    parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=ESTIMATORS, help="(default: all)")
     parser.add_argument("--json", type=Path, help="file for the rows")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = [row for estimator in ESTIMATORS for row in soak(estimator, args.steps, Path(folder))]
+        rows = [row for estimator in args.estimators for row in soak(estimator, args.steps, Path(folder))]
     for row in rows[:: max(1, len(rows) // 30)]:
         print(row)
     if args.json:

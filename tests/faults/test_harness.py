@@ -1,18 +1,23 @@
 """The harness notices what is lost: a scenario that goes wrong, hangs or crashes is counted, and kills hit files."""
 
+import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import strategies
 
 from tests.faults import harness
-from tests.faults.__main__ import render
+from tests.faults.__main__ import load, render
 from tests.faults.disks import small_disk
-from tests.faults.harness import Ending, Trial
+from tests.faults.harness import SCENARIOS, Ending, Trial
 from tests.faults.processes import KILLED, KillAfter, KillAt, count_events, forked
 from trl_gopd.files import written_whole
+
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture
@@ -157,3 +162,11 @@ def test_a_small_disk_gets_full(tmp_path):
         with pytest.raises(OSError):
             (folder / "file").write_bytes(bytes(2**18))
     (tmp_path / "large").write_bytes(bytes(2**18))
+
+
+def test_the_documented_table_is_the_committed_result():
+    rows = json.loads((DOCS / "results" / "faults.json").read_text(encoding="utf-8"))["rows"]
+    assert render(rows) in (DOCS / "reliability.md").read_text(encoding="utf-8")
+    assert len(rows) >= 30 and sum(row["lost"] for row in rows) == 0
+    load()
+    assert {(row["area"], row["fault"]) for row in rows} == {(s.area, s.name) for s in SCENARIOS}

@@ -45,7 +45,22 @@ class TestAsked:
 
     @pytest.mark.parametrize(
         "value",
-        [None, True, "-1.0", [-1.0], {}, math.nan, math.inf, -math.inf, -9999.0, 5, 2 * ROUNDING, 10**400, -(10**400)],
+        [
+            None,
+            True,
+            False,
+            "-1.0",
+            [-1.0],
+            {},
+            math.nan,
+            math.inf,
+            -math.inf,
+            -9999.0,
+            5,
+            2 * ROUNDING,
+            10**400,
+            -(10**400),
+        ],
     )
     def test_no_log_probability(self, value):
         answer = proper(asked().payload)

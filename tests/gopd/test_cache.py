@@ -258,7 +258,7 @@ class TestFile:
     def test_damaged_where_a_message_quotes_it(self, cached, path):
         """Then the message of SQLite need not be UTF-8."""
         content = path.read_bytes()
-        path.write_bytes(content.replace(b"identity TEXT NOT NULL", b"identity TEXT NO\xff NULL"))
+        path.write_bytes(content.replace(b"identity TEXT NOT NULL", b"identity TEXT NOT NU\xffL"))
         with pytest.raises(OSError, match="cannot be used: .* if it is damaged, delete it and score anew"):
             CachedScorer(Fake(), path, temperature=1.0)
 

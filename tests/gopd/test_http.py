@@ -438,7 +438,7 @@ class TestTls:
             client("https://a", ca_bundle=str(certificates / name))
 
 
-@pytest.mark.parametrize("proxy", ["pa55word:x", "ftp://me:pa55word@host", "http://me:pa55word@[host"])
+@pytest.mark.parametrize("proxy", ["pa55word:x", "ftp://me:pa55word@host", "http://pa55word:x"])
 def test_proxy_that_is_none(monkeypatch, proxy):
     monkeypatch.setenv("http_proxy", proxy)
     monkeypatch.setenv("no_proxy", "")

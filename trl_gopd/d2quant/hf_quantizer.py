@@ -111,8 +111,8 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
                     raise ValueError(f"The checkpoint has no `{name}.{key}`, or one of another shape. {REMEDY}")
             module.requires_grad_(False)  # transformers turns it on for all that is floating point
         # `save_pretrained` copies the modeling file only for a model that was loaded from it: remove the reference.
-        references = getattr(model.config, "auto_map", None) or {}
-        if any(MODELING_MODULE in reference for reference in references.values()) and not model.is_remote_code():
+        references = getattr(model.config, "auto_map", None)
+        if references and MODELING_MODULE in json.dumps(references) and not model.is_remote_code():
             del model.config.auto_map
 
     def _integrity(self) -> dict[str, Any]:

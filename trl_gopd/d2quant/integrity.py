@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import xxhash
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -95,6 +96,9 @@ def check_model_config(config: "PreTrainedConfig", integrity: Mapping[str, Any])
             f"The model's configuration is not the one that was saved: {'; '.join(differences[:3])}. Restore "
             "config.json, or do not pass it to `from_pretrained`. To change the model, quantize a changed original."
         )
+    dtype = getattr(torch, config.dtype, None) if isinstance(config.dtype, str) else config.dtype
+    if not (config.dtype is None or isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"`dtype` must be a floating-point dtype, got {config.dtype!r} from config.json. {REMEDY}")
     layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
     if layers > blocks:
         raise ValueError(f"config.json describes {layers} blocks, and the checkpoint has {blocks} at most. {REMEDY}")
@@ -167,9 +171,13 @@ def _shapes(file: str) -> Iterator[tuple[int, ...]]:
 
 
 def _described(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as JSON has it, without what may differ."""
-    plain = json.loads(json.dumps(without_volatile(config), default=str))
-    return {key: value for key, value in plain.items() if key not in FREE}
+    """A configuration as JSON has it, without what may differ, in nested ones, too."""
+    plain: dict[str, Any] = json.loads(json.dumps(_strict(without_volatile(config)), default=str))
+    return plain
+
+
+def _strict(value: Any) -> Any:
+    return {k: _strict(v) for k, v in value.items() if k not in FREE} if isinstance(value, Mapping) else value
 
 
 def _differences(saved: Any, given: Any, name: str = "") -> Iterator[str]:

@@ -31,8 +31,12 @@ PATIENCE = 10.0  # seconds that a process has to end by itself once another rank
 READ_WITHIN = 2.0  # seconds that a rank waits for the others to read its error, since its process may hold the store
 ANSWER_WITHIN = 5.0  # seconds for the store, whose own timeout is half an hour
 LOST_AFTER = 30.0  # seconds without an answer after which the process that holds the store is taken for gone
-# How gloo and NCCL say that the process of another rank is gone
-GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")
+IS_GONE = (
+    "The process of another rank is gone, and has told no error. It may have been killed, for instance for want of "
+    "memory; see its own output and the launcher's. Resume with `resume_from_checkpoint=True`."
+)
+# How gloo and NCCL say so
+SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")
 
 
 class OtherRankError(RuntimeError):
@@ -61,10 +65,10 @@ def together() -> Iterator[None]:
             raise
         except BaseException as error:
             said = f"{type(error).__name__}: {error}"
-            lost = _without_peer(error)
-            own = Failure(watch.rank, lost or said)
-            first = watch.tell(own, waits=lost is None)
-            is_cause = first == own and lost is None and isinstance(error, Exception)
+            is_gone = is_of_another_rank(error)
+            own = Failure(watch.rank, IS_GONE if is_gone else said)
+            first = watch.tell(own, waits=not is_gone)
+            is_cause = first == own and not is_gone and isinstance(error, Exception)
             if is_cause and "TORCHELASTIC_ERROR_FILE" in os.environ:
                 with suppress(OSError):  # of a full disk, for one
                     get_error_handler().record_exception(error)  # for the summary with which the launcher ends
@@ -89,14 +93,11 @@ def _may_be_of_collective(error: BaseException) -> bool:
     return type(error) is RuntimeError or isinstance(error, dist.DistError)
 
 
-def _without_peer(error: BaseException) -> str | None:
-    """What to say of an error by which only a lost connection to another rank shows."""
-    if not _may_be_of_collective(error) or not any(sign in str(error) for sign in GONE):
-        return None
-    return (
-        "The process of another rank is gone, and has told no error. It may have been killed, for instance for want "
-        "of memory; see its own output and the launcher's. Resume with `resume_from_checkpoint=True`."
-    )
+def is_of_another_rank(error: BaseException) -> bool:
+    """Whether an error says nothing but that another rank has failed, or that its process is gone."""
+    if isinstance(error, OtherRankError):
+        return True
+    return _may_be_of_collective(error) and any(sign in str(error) for sign in SIGNS)
 
 
 class _Watch:

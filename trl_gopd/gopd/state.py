@@ -23,7 +23,7 @@ from .frozen.identity import is_partial, is_same_identity
 from .frozen.local import vocab_size_of
 from .frozen.start import StudentStart
 from .nonfinite import NonFiniteGuard
-from .ranks import OtherRankError
+from .ranks import is_of_another_rank
 from .rollout_file import read_rollouts, write_rollouts
 from .schedules import LambdaSchedule
 from .sole_writer import sole_writer
@@ -154,9 +154,9 @@ class RunState:
             if self.args.should_save:
                 write_manifest(folder)
                 rotate(folder, limit=limit, best=self.trainer.state.best_model_checkpoint)
-        except OtherRankError:
-            raise
         except (OSError, RuntimeError, SafetensorError) as error:  # which of them, a library decides for itself
+            if is_of_another_rank(error):
+                raise
             free = shutil.disk_usage(folder.parent).free
             raise OSError(
                 f"The checkpoint {folder} could not be written, on a disk with {free} free bytes "

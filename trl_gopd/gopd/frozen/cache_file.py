@@ -33,7 +33,7 @@ TABLES = {
     "model": "CREATE TABLE model (identity TEXT NOT NULL, temperature REAL NOT NULL, checksum BLOB NOT NULL)",
 }
 # A row of another length is damaged, and is not read into memory, however long it says that it is.
-SELECT_ROW = "SELECT iif(length(logps) = ?, logps, NULL), checksum FROM logps WHERE key = ?"
+SELECT_ROW = "SELECT CASE WHEN length(logps) = ? THEN logps END, checksum FROM logps WHERE key = ?"
 LOCK_SECONDS = 60.0  # for which another process may hold the file
 DAMAGED = "It is damaged: delete it and score anew."
 REMEDIES = {
