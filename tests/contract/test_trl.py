@@ -26,6 +26,9 @@ WHERE = f"moved in TRL {trl.__version__}; adapt trl_gopd/gopd/"
         ("_generate_and_score_completions", ["self", "inputs"], "trainer.py"),
         ("_compute_loss", ["self", "model", "inputs"], "trainer.py"),
         ("log", ["self", "logs", "start_time"], "trainer.py"),
+        ("_run_epoch", ["self"], "trainer.py"),
+        ("_load_best_model", ["self"], "trainer.py"),
+        ("save_model", ["self", "output_dir", "_internal_call"], "trainer.py"),
     ],
 )
 def test_signatures(method, parameters, file):

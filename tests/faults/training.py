@@ -156,7 +156,7 @@ def goes_on(estimator: str, folder: Path) -> Ending:
     again = done(forked(train, kept_trainer(estimator), folder, True if steps(folder) else None))
     # A run that was over draws no more random numbers, and does not ask which it would have drawn.
     assert_same(again, estimator, but=("random numbers",) if STEPS in whole else ())
-    assert problem(folder / f"checkpoint-{STEPS}") is None
+    assert problem(folder / f"checkpoint-{STEPS}") is None, (problem(folder / f"checkpoint-{STEPS}"), steps(folder))
     return Ending.RECOVERED if whole or steps(folder) else Ending.INTACT
 
 

@@ -10,6 +10,8 @@ How one frozen model is told from another, and what a checkpoint holds beside wh
 import json
 import logging
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +81,21 @@ class TestWeights:
         with torch.no_grad():
             teacher.get_output_embeddings().weight[100] += 1e-3
         assert weights_digest(teacher) != before
+
+    def test_an_expert_of_a_mixture(self):
+        from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "num_experts": 4}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=37, num_hidden_layers=1, num_attention_heads=2, **sizes))
+        experts = {name: value for name, value in model.state_dict().items() if "experts" in name}
+        assert experts
+        before = weights_digest(model)
+        for value in experts.values():
+            kept = value.flatten()[-1].clone()
+            value.view(-1)[-1] += 1e-3
+            assert weights_digest(model) != before
+            value.view(-1)[-1] = kept
+        assert weights_digest(model) == before
 
     def test_packed_weights_are_buffers(self):
         layer = nn.Module()
@@ -320,6 +337,16 @@ class TestWhole:
         assert problem(folder) is None and not (folder / UNFINISHED).exists()
         (folder / MANIFEST).unlink()
         assert problem(folder) == f"{MANIFEST} is missing, so it was not written to its end"
+
+    def test_what_killed_writers_left_is_not_in_the_manifest(self, checkpoint):
+        folder = checkpoint(3)
+        code = "import os, pathlib, sys\nfrom trl_gopd.files import written_whole\n"
+        code += "with written_whole(pathlib.Path(sys.argv[1])) as part:\n    part.touch()\n    os._exit(0)"
+        subprocess.run([sys.executable, "-c", code, str(folder / MANIFEST)], check=True)
+        assert len(list(folder.glob(".gopd_manifest.*.part.json"))) == 1
+        begin(folder)
+        write_manifest(folder)
+        assert problem(folder) is None
 
     def test_none_is_whole_any_more(self, checkpoint, tmp_path):
         folder = checkpoint(3)

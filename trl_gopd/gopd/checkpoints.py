@@ -35,6 +35,9 @@ def begin(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / UNFINISHED).touch()
     (folder / MANIFEST).unlink(missing_ok=True)  # that of an earlier checkpoint of this step
+    # What killed writers have left would be in the manifest, and be removed by the next writer of the same file.
+    for path in folder.glob(".gopd_*.part*"):
+        path.unlink()
     sync(folder)
 
 
