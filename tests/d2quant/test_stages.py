@@ -412,6 +412,14 @@ class TestQuantizeBlock:
         assert run.report.shift_explained == 0.0
         assert not run.packed("gate").bias.any()
 
+    def test_share_of_a_small_deviation_is_that_of_a_large_one(self, generator):
+        deviations = torch.randn(64, 5, generator=generator, dtype=torch.float64) + 1
+        config = D2QuantConfig(mean_shift=True)
+        shares = [
+            stages._correct_deviation([scale * deviations], [torch.zeros(64, 5)], config)[1] for scale in (1e3, 1e-3)
+        ]
+        assert shares[0] == pytest.approx(shares[1], rel=1e3 * EPS) and shares[0] > 0.1
+
     def test_settings_reach_the_rounding(self, quantize):
         settings = {
             "grid": "midrise",
