@@ -210,7 +210,7 @@ def _killed_save(trial: Trial, mode: Any) -> Ending:
     return ending
 
 
-@scenario("a packed save is killed before any file event", area=AREA, tries=60, short=2)
+@scenario("a packed save is killed before any file event", area=AREA, tries=60, short=1)
 def killed_save(trial: Trial) -> Ending:
     return _killed_save(trial, "before")
 
@@ -278,7 +278,7 @@ def _killed_run(trial: Trial, mode: Any) -> Ending:
     return ending
 
 
-@scenario("a quantization is killed before any event of its work folder", area=AREA, tries=60, short=2)
+@scenario("a quantization is killed before any event of its work folder", area=AREA, tries=60, short=1)
 def killed_run(trial: Trial) -> Ending:
     return _killed_run(trial, "before")
 
@@ -307,7 +307,7 @@ def _seconds_of_a_run() -> float:
         return time.perf_counter() - start
 
 
-@scenario("a quantization with its save is killed at random times", area=AREA, tries=100, short=2, seconds=60)
+@scenario("a quantization with its save is killed at random times", area=AREA, tries=100, short=1, seconds=60)
 def random_kills(trial: Trial) -> Ending:
     """Up to three kills of one run; whatever is left, the run that ends writes the same files as one without kills."""
     path, kills = trial.folder / "models" / "packed", 0
@@ -667,7 +667,7 @@ def _spliced(data: bytes, edits: list[tuple[str, float, bytes]], stop: int) -> b
     return data
 
 
-@fuzzed("bytes of packed checkpoints", BYTES, area=AREA, tries=1200, short=15)
+@fuzzed("bytes of packed checkpoints", BYTES, area=AREA, tries=1200, short=10)
 def fuzzed_bytes(edits: Any, trial: Trial) -> Ending:
     data = packed_files()[FILE]
     files = {**packed_files(), FILE: _spliced(data, edits, len(data))}
@@ -712,7 +712,7 @@ def _with_edits(document: dict[str, Any], edits: list[tuple[str, int, Any]]) -> 
     return document
 
 
-@fuzzed("headers of packed checkpoints", EDITS, area=AREA, tries=1600, short=15)
+@fuzzed("headers of packed checkpoints", EDITS, area=AREA, tries=1600, short=10)
 def fuzzed_headers(edits: Any, trial: Trial) -> Ending:
     data = packed_files()[FILE]
     start = 8 + int.from_bytes(data[:8], "little")
@@ -721,7 +721,7 @@ def fuzzed_headers(edits: Any, trial: Trial) -> Ending:
     return loaded(write_files(files, trial.folder / "packed"))
 
 
-@fuzzed("values in config.json of packed checkpoints", EDITS, area=AREA, tries=1600, short=15)
+@fuzzed("values in config.json of packed checkpoints", EDITS, area=AREA, tries=1600, short=10)
 def fuzzed_configurations(edits: Any, trial: Trial) -> Ending:
     config = _with_edits(json.loads(packed_files()["config.json"]), edits)
     files = {**packed_files(), "config.json": json.dumps(config).encode()}
