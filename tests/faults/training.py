@@ -173,8 +173,7 @@ def events(estimator: str) -> int:
 
 def killed_at_an_event(trial: Trial, mode: Any) -> Ending:
     estimator = ESTIMATORS[trial.number % 3]
-    # Each event comes once before any comes again.
-    event = (trial.number // 3 * 37 + trial.seed) % events(estimator)
+    event = (trial.number * 37 + trial.seed) % events(estimator)  # each comes once before any comes again
     out = trial.folder / "out"
     ended = forked(train, kept_trainer(estimator), out, kill=KillAt(event, out, mode=mode, seed=trial.number))
     assert ended.was_killed, ended
@@ -184,17 +183,17 @@ def killed_at_an_event(trial: Trial, mode: Any) -> Ending:
     return goes_on(estimator, out)
 
 
-@scenario("killed at a file event of a checkpoint", area="training", tries=270, short=2)
+@scenario("killed at a file event of a checkpoint", area="training", tries=135, short=1)
 def killed_before_an_event(trial: Trial) -> Ending:
     return killed_at_an_event(trial, "before")
 
 
-@scenario("killed in the middle of writing a file of a checkpoint", area="training", tries=270, short=1)
+@scenario("killed in the middle of writing a file of a checkpoint", area="training", tries=135, short=1)
 def killed_while_writing(trial: Trial) -> Ending:
     return killed_at_an_event(trial, "torn")
 
 
-@scenario("power lost at a file event of a checkpoint", area="training", tries=270, short=2)
+@scenario("power lost at a file event of a checkpoint", area="training", tries=135, short=1)
 def power_lost(trial: Trial) -> Ending:
     return killed_at_an_event(trial, "power")
 
@@ -282,7 +281,7 @@ def damaged(trial: Trial, estimator: str, keep: int) -> tuple[Path, bool]:
     return out, not path.exists() or path.read_bytes() != before
 
 
-@scenario("a file of the newest checkpoint damaged", area="training", tries=225, short=3)
+@scenario("a file of the newest checkpoint damaged", area="training", tries=225, short=1)
 def damaged_newest(trial: Trial) -> Ending:
     estimator = ESTIMATORS[trial.number // 5 % 3]
     out, has_changed = damaged(trial, estimator, keep=2)
@@ -488,7 +487,7 @@ def with_poison(estimator: str, nonfinite: str, place: str, value: float, bad_st
     }
 
 
-@scenario("a number that is not finite in a step", area="training", tries=150, short=2)
+@scenario("a number that is not finite in a step", area="training", tries=150, short=1)
 def not_finite(trial: Trial) -> Ending:
     place = PLACES[trial.number % len(PLACES)]
     estimator = "sampled" if place == "reward" else ESTIMATORS[trial.number // len(PLACES) % 3]
