@@ -1,4 +1,5 @@
-# `make demo` and `make test` need Python 3.11 or newer and a C compiler. The first run builds .venv; it is reused.
+# `make demo` and `make test` need Python 3.11 or newer, and compilers for C and C++. The first run builds .venv, which is
+# used again.
 #
 #   PYTHON       which Python builds .venv                       make test PYTHON=python3.12
 #   PIP_ARGS     passed to every pip install                     make test PIP_ARGS=--no-cache-dir

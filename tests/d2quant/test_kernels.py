@@ -5,6 +5,7 @@ is kept for the backward pass is packed; and machine code is used where it may b
 
 import hashlib
 import logging
+import shutil
 
 import pytest
 import torch
@@ -229,6 +230,12 @@ def calls(monkeypatch):
     return calls
 
 
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="needs a C++ compiler"
+)
+
+
+@needs_compiler
 class TestNative:
     LAYER = {"in_features": 192, "group_size": 64, "out_features": 150}  # 150 are nine vectors of 16, and six
     SHAPES = [
@@ -355,6 +362,7 @@ class TestNative:
         assert torch.equal(layer(x), y)
 
 
+@needs_compiler
 class TestCompiling:
     @pytest.fixture(autouse=True)
     def nothing_compiled(self, monkeypatch, tmp_path):
