@@ -153,17 +153,13 @@ def summarize(results: list[dict], bytes_a_second: float) -> list[dict]:
 
 
 def table(summary: list[dict]) -> str:
-    """Markdown."""
-    columns = ("layer", "threads", "rows", "contestant", "ms", f"times {BASELINE}", "bound")
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for each in summary:
-        cells = [each["shape"], each["threads"], each["rows"], each["contestant"]]
-        cells += [
-            "{median:.2f} ({min:.2f}–{max:.2f})".format(**each["milliseconds"]),
-            f"{each['times']['median']:.2f}",
-        ]
-        cells.append("" if each["bound"] is None else f"{each['bound']:.2f}")
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+    """Markdown: a line for each layer, number of threads and rows, with how many times as fast each contestant is."""
+    names = list(dict.fromkeys(each["contestant"] for each in summary if each["contestant"] != BASELINE))
+    lines = [f"| layer | threads | rows | {BASELINE}, ms | {' | '.join(names)} |", "|---" * (4 + len(names)) + "|"]
+    for key in dict.fromkeys((each["shape"], each["threads"], each["rows"]) for each in summary):
+        of = {each["contestant"]: each for each in summary if (each["shape"], each["threads"], each["rows"]) == key}
+        cells = [*map(str, key), f"{of[BASELINE]['milliseconds']['median']:.2f}"]
+        lines.append(f"| {' | '.join(cells + [f'{of[name]["times"]["median"]:.2f}' for name in names])} |")
     return "\n".join(lines)
 
 
@@ -184,7 +180,8 @@ def main(argv: list[str] | None = None) -> None:
         report["results"] += measure(shape, setting.bits, setting.rows, setting.threads, setting.repeats)
     report["summary"] = summarize(report["results"], report["bytes_a_second"])
     print(table(report["summary"]))
-    print(f"\nMedian (least–largest) of the rounds; {report['bytes_a_second'] / 1e9:.1f} GB/s on one thread.")
+    print(f"\nHow many times as fast as `{BASELINE}` in the same round, medians of the rounds.")
+    print(f"Reading memory: {report['bytes_a_second'] / 1e9:.1f} GB/s on one thread.")
     print(f"commit {report['commit']}{', and changes on top of it' if report['dirty'] else ''}")
     if file is not None:
         file.write_text(json.dumps(report, indent=1) + "\n")
