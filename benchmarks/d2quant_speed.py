@@ -159,7 +159,8 @@ def table(summary: list[dict]) -> str:
     for key in dict.fromkeys((each["shape"], each["threads"], each["rows"]) for each in summary):
         of = {each["contestant"]: each for each in summary if (each["shape"], each["threads"], each["rows"]) == key}
         cells = [*map(str, key), f"{of[BASELINE]['milliseconds']['median']:.2f}"]
-        lines.append(f"| {' | '.join(cells + [f'{of[name]["times"]["median"]:.2f}' for name in names])} |")
+        cells += [f"{of[name]['times']['median']:.2f}" for name in names]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
