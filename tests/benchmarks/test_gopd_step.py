@@ -108,7 +108,7 @@ class TestMain:
         argv = ["--only", BASELINE, "gopd 1 sampled", *self.ARGV, "--json", str(file)]
         gopd_step.main(argv)
         report = json.loads(file.read_text())
-        keys = {"command", "commit", "dirty", "versions", "machine", "seed", "setting", "results", "summary"}
+        keys = {"command", "commit", "dirty", "versions", "machine", "dtype", "seed", "setting", "results", "summary"}
         assert set(report) == keys
         assert "--only 'trl distillation' 'gopd 1 sampled'" in report["command"]
         assert report["setting"] == {**vars(MICRO)}
