@@ -58,11 +58,19 @@ def written_whole(path: Path) -> Iterator[Path]:
         sync(path.parent)
     except BaseException as error:
         _remove(part)
-        # safetensors and tokenizers write without Python, and name the cause in the text of errors of their own only.
-        number = re.search(r"\(os error (\d+)\)", str(error))
+        number = os_error_number(error)
         if isinstance(error, OSError) or number is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def os_error_number(error: BaseException) -> int | None:
+    """
+    Number of the error of the operating system that another one says to come from; `None` if it says of none.
+    safetensors and tokenizers write without Python, and name the cause in the text of errors of their own only.
+    """
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return None if number is None else int(number[1])
 
 
 def remove_leftovers(path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..files import written_whole
+from ..files import os_error_number, written_whole
 from ._trl import get_rollouts, set_rollouts
 from .checkpoints import FORMAT, STATE, begin, read_json, rotate, whole_checkpoint, write_manifest
 from .config import GOPDConfig
@@ -154,8 +154,11 @@ class RunState:
             if self.args.should_save:
                 write_manifest(folder)
                 rotate(folder, limit=limit, best=self.trainer.state.best_model_checkpoint)
-        except (OSError, RuntimeError, SafetensorError) as error:  # which of them, a library decides for itself
-            if is_of_another_rank(error):
+        except Exception as error:  # of which class, each library that writes decides for itself
+            is_of_disk = (
+                isinstance(error, OSError | RuntimeError | SafetensorError) or os_error_number(error) is not None
+            )
+            if not is_of_disk or is_of_another_rank(error):
                 raise
             free = shutil.disk_usage(folder.parent).free
             raise OSError(
