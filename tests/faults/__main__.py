@@ -77,7 +77,7 @@ def main() -> int:
             row = {"area": scenario.area, "fault": scenario.name, **counts, "seconds": 0.0, "failures": [failure]}
         else:
             row = json.loads(lines[-1])
-        row["seed"] = args.seed
+        row |= {"seed": args.seed, "commit": facts["commit"]}
         rows[scenario.area, scenario.name] = row
         print(
             f"{row['area']}: {row['fault']}: {row['tries']} tries, {row['lost']} lost, {row['seconds']} s", flush=True
