@@ -8,6 +8,7 @@ wrong without a word, or was said in another way than by one named error.
 
 import contextlib
 import inspect
+import logging
 import shutil
 import signal
 import tempfile
@@ -180,19 +181,38 @@ def run(scenario: Scenario, *, tries: int, seed: int) -> Result:
     """Makes the tries of a scenario, one after the other, in the main thread."""
     result = Result(scenario.name, scenario.area)
     start = time.perf_counter()
-    for attempt in scenario.attempts(tries, seed):
-        result.tries += 1
-        try:
-            with time_limit(scenario.seconds):
-                ending = attempt()
-            assert isinstance(ending, Ending), f"A try has to return an `Ending`, got {ending!r}."
-            result.endings[ending.value] += 1
-        except KeyboardInterrupt:
-            raise
-        except BaseException:  # `SystemExit` and `TooLong` among them
-            result.failures.append(traceback.format_exc())
+    with quiet():
+        for attempt in scenario.attempts(tries, seed):
+            result.tries += 1
+            try:
+                with time_limit(scenario.seconds):
+                    ending = attempt()
+                assert isinstance(ending, Ending), f"A try has to return an `Ending`, got {ending!r}."
+                result.endings[ending.value] += 1
+            except KeyboardInterrupt:
+                raise
+            except BaseException:  # `SystemExit` and `TooLong` among them
+                result.failures.append(traceback.format_exc())
     result.seconds = time.perf_counter() - start
     return result
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers says nothing but errors in the body, and what the body sets for loggers is undone."""
+    from transformers.utils import logging as of_transformers
+
+    own = logging.getLogger("trl_gopd")
+    level, verbosity, has_bars = own.level, of_transformers.get_verbosity(), of_transformers.is_progress_bar_enabled()
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()
+    try:
+        yield
+    finally:
+        own.setLevel(level)
+        of_transformers.set_verbosity(verbosity)
+        if has_bars:
+            of_transformers.enable_progress_bar()
 
 
 @contextlib.contextmanager

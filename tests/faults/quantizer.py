@@ -17,7 +17,6 @@ from random import Random
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -42,9 +41,6 @@ IDS = torch.arange(3, 40)[None]
 MEBIBYTE = 2**20
 # Errors that carry a sentence. `KeyError` and the like, which name a line of code, are none of them.
 NAMED = (ValueError, OSError, TypeError, RuntimeError, StrictDataclassError)
-
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
 
 
 # Models and folders

@@ -23,7 +23,6 @@ import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
 from transformers import TrainerCallback
-from transformers.utils import logging as hf_logging
 
 from tests.faults.disks import small_disk
 from tests.faults.harness import Ending, Trial, scenario
@@ -60,8 +59,6 @@ OPTIONS: dict[str, Any] = {
 @functools.cache
 def models() -> Path:
     """Folders of a student, a teacher and a reference, for as long as this process lives."""
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
     logging.getLogger("trl_gopd").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     folder = Path(tempfile.mkdtemp(prefix="trl_gopd_models_"))

@@ -171,25 +171,23 @@ def summarize(means: Mapping[str, float], largest_advantage: float) -> dict[str,
     return logged
 
 
-def drop_nonfinite(logs: Mapping[str, Any], metrics: MutableMapping[str, list[Any]]) -> dict[str, Any]:
+def drop_nonfinite(logs: MutableMapping[str, Any], metrics: MutableMapping[str, list[Any]]) -> None:
     """
-    Numbers without those that are not finite, of steps that were left out. JSON and most trackers know no others, and
-    one would be the mean of all that it is averaged with.
+    Takes away numbers that are not finite, those of steps that were left out. JSON and most trackers know no others,
+    and one would be the mean of all that it is averaged with.
 
     Args:
-        logs (`Mapping[str, Any]`):
-            What is about to be logged.
+        logs (`MutableMapping[str, Any]`):
+            What is about to be logged. Changed in place: TRL adds its metrics to it, which `evaluate` then returns.
         metrics (`MutableMapping[str, list]`):
             TRL's values since the last time, whose means are logged, too. Changed in place.
-
-    Returns:
-        `dict[str, Any]`: the rest of `logs`.
     """
     for name, values in list(metrics.items()):
         metrics[name] = [value for value in values if _is_finite(value)]
         if not metrics[name]:
             del metrics[name]
-    return {name: value for name, value in logs.items() if _is_finite(value)}
+    for name in [name for name, value in logs.items() if not _is_finite(value)]:
+        del logs[name]
 
 
 def _is_finite(value: Any) -> bool:

@@ -439,7 +439,8 @@ class GOPDTrainer(GRPOTrainer):  # type: ignore[misc]
         """As in [`~transformers.Trainer`], finite numbers alone; with `log_completions`, also writes a page."""
         if self._completion_log is not None:
             self._completion_log.fill(self._logs)
-        super().log(drop_nonfinite(logs, self._metrics[self._mode]), start_time)
+        drop_nonfinite(logs, self._metrics[self._mode])
+        super().log(logs, start_time)
         if self._completion_log is not None and self.accelerator.is_main_process and self.model.training:
             self._completion_log.write_page(
                 Path(self.args.output_dir, "completions"),
