@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_gopd.gopd.divergence import add_label_gradient, chunk_slices, extrapolated_divergence
+from trl_gopd.gopd.divergence import _add_product, add_label_gradient, chunk_slices, extrapolated_divergence
 from trl_gopd.gopd.objective import LogitTransform, token_advantages
 from trl_gopd.gopd.stratified import log_probs_at, stratified_divergence
 
@@ -330,6 +330,18 @@ class TestPrecision:
 
         for whole, one in zip(gradients(512), gradients(1), strict=True):
             assert torch.equal(whole, 512 * one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_added_to_a_total(dtype, generator):
+    left, right = draw(3, 5, generator=generator, dtype=dtype), draw(5, 4, generator=generator, dtype=dtype)
+    total = draw(3, 4, generator=generator)
+    want = total.double() + left.double() @ right.double()
+    _add_product(total, left, right)
+    # the product is rounded to its dtype, after and before five sums in float32 or better
+    atol = torch.finfo(dtype).eps * float((left.abs() @ right.abs()).max()) + 6 * torch.finfo(torch.float32).eps * 10
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total.double(), want, rtol=0, atol=atol)
 
 
 class TestAddLabelGradient:
