@@ -100,7 +100,7 @@ mutants: $(STAMP)
 # Writes docs/results/faults.json row by row, and the table of docs/reliability.md. A run that was stopped goes on with
 # FAULTS_ARGS=--resume; part of them: make faults FAULTS_ARGS="--only caches --json /tmp/faults.json"
 faults: $(STAMP)
-	@echo "Trying faults (forty minutes on two cores)"
+	@echo "Trying faults (22 minutes on two cores)"
 	@$(TEST_ENV) $(BIN)/python -m tests.faults $(or $(FAULTS_ARGS),--json docs/results/faults.json --page docs/reliability.md)
 
 # Writes docs/results/soak.json and the figure of docs/reliability.md.
