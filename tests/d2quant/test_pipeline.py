@@ -22,12 +22,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel, OPTConfig, OPTForCausalLM
 
 import trl_gopd
-from tests.tiny import build_model
+from tests.tiny import build_bos_tokenizer, build_model
 from trl_gopd.d2quant import pipeline, report, stages, tuning, workdir
 from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.linear import D2QuantLinear
 from trl_gopd.d2quant.quantize import quantize_model
 from trl_gopd.d2quant.report import Report
+from trl_gopd.d2quant.streams import BlockCalls
 
 
 EPS = torch.finfo(torch.float32).eps
@@ -191,6 +192,15 @@ class TestQuantizeModel:
             "model.decoder.layers.0.fc2"
         ]
         assert any("scales its input" in note for note in report.notes)
+
+    @pytest.mark.parametrize("add_bos_token", [None, False])
+    def test_windows_of_text_begin_as_the_configuration_says(self, model, monkeypatch, add_bos_token):
+        tokenizer, seen = build_bos_tokenizer(), []
+        record = BlockCalls.record
+        monkeypatch.setattr(BlockCalls, "record", lambda *given: seen.append(given[-1]) or record(*given))
+        text = ["some words, and then others " * 20]
+        quantize_model(model, tokenizer, config(dataset=text, add_bos_token=add_bos_token, rounding="rtn"))
+        assert (seen[0][:, 0] == tokenizer.bos_token_id).all() == (add_bos_token is None)
 
     def test_tied_embeddings_stay_tied(self, tokenizer):
         model = build_model(tokenizer, seed=1, tie_word_embeddings=True)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from trl_gopd.evaluation import Perplexity, Resources
 
 
+BOS_CHOICES = {"auto": None, "yes": True, "no": False}
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of `trl-gopd evaluate`."""
     parser = argparse.ArgumentParser("trl-gopd evaluate", description=__doc__)
@@ -27,6 +30,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq-length", metavar="N", type=at_least(2), default=512, help="tokens of a window (512)")
     parser.add_argument(
         "--windows", metavar="N", type=at_least(1), help="measure only the first N windows (default: all)"
+    )
+    parser.add_argument(
+        "--add-bos-token",
+        choices=BOS_CHOICES,
+        default="auto",
+        help="whether every window begins with the beginning-of-sequence token (default: as the tokenizer does)",
     )
     parser.add_argument(
         "--batch-size", metavar="N", type=at_least(1), default=1, help="windows in one forward pass (1)"
@@ -94,11 +103,12 @@ def _windows(parser: argparse.ArgumentParser, args: argparse.Namespace) -> "torc
 
     try:
         text = read_text(args.perplexity) if args.perplexity else embedded_text("evaluation")
-        windows = token_windows(text, _load_from(parser, "tokenizer", args.model), args.seq_length)
+        options = {"seq_length": args.seq_length, "add_bos_token": BOS_CHOICES[args.add_bos_token]}
+        windows = token_windows(text, _load_from(parser, "tokenizer", args.model), **options)
         vocab_size = _load_from(parser, "config", args.model).get_text_config().vocab_size
         check_ids(windows, vocab_size)
         if args.against is not None:
-            theirs = token_windows(text, _load_from(parser, "tokenizer", args.against), args.seq_length)
+            theirs = token_windows(text, _load_from(parser, "tokenizer", args.against), **options)
             their_size = _load_from(parser, "config", args.against).get_text_config().vocab_size
             remedy = "name the model that DIR was made from"
             if not torch.equal(windows, theirs):
@@ -197,6 +207,7 @@ def _write_json(
         "text": str(args.perplexity) if args.perplexity else "embedded",
         "windows": len(windows),
         "seq_length": args.seq_length,
+        "add_bos_token": args.add_bos_token,
         "dtype": args.dtype,
         "device": str(device),
         "device_name": gpu or platform.processor() or platform.machine(),

@@ -105,7 +105,11 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         num_samples (`int`, *optional*, defaults to `16`):
             Number of token windows to calibrate on.
         seq_length (`int`, *optional*, defaults to `512`):
-            Number of tokens in a window.
+            Number of tokens in a window, BOS included.
+        add_bos_token (`bool`, *optional*):
+            Whether every window of text begins with the tokenizer's beginning-of-sequence token (BOS). By default it
+            does if the tokenizer begins text with it when it is called: that of Gemma or Llama does, that of Qwen or
+            SmolLM2 does not. Data that are token ids are used as they are.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the choice of windows, of the rotation, and of the order of windows in the tuning.
         work_dir (`str`, *optional*):
@@ -170,6 +174,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         tokenizer: Any = None,
         num_samples: int = 16,
         seq_length: int = 512,
+        add_bos_token: bool | None = None,
         seed: int = 0,
         work_dir: str | None = None,
         format_version: int = FORMAT_VERSION,
@@ -205,6 +210,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.tokenizer = tokenizer
         self.num_samples = num_samples
         self.seq_length = seq_length
+        self.add_bos_token = add_bos_token
         self.seed = seed
         self.work_dir = work_dir
         self.format_version = format_version
@@ -333,6 +339,11 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self._check_integer("num_samples", 1, "GPTQ uses 128.")
         # A single token has nothing to predict and nothing to attend to.
         self._check_integer("seq_length", 2, "GPTQ uses 2048.")
+        if self.add_bos_token not in (None, True, False) or type(self.add_bos_token) is int:
+            raise TypeError(
+                f"`add_bos_token` must be None, True or False, got {self.add_bos_token!r}. None does as the tokenizer "
+                "does."
+            )
         self._check_integer("seed", 0, "Use 0.")
         for name in ("act_group_aware", "hessian_weights", "clip", "column_scale", "mean_shift", "shift_shrink"):
             if not isinstance(getattr(self, name), bool):

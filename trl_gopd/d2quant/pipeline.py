@@ -44,6 +44,7 @@ def quantize_blocks(model: PreTrainedModel, tokenizer: Any, config: D2QuantConfi
         seq_length=config.seq_length,
         seed=config.seed,
         vocab_size=model.config.get_text_config().vocab_size,
+        add_bos_token=config.add_bos_token,
     )
     work = None
     if config.work_dir is not None:
