@@ -113,11 +113,16 @@ class TestErrors:
             ("seq_length", 1, "at least 2, got 1. GPTQ uses 2048"),
             ("seed", -1, "at least 0, got -1. Use 0"),
             ("format_version", 0, "2, got 0. Leave it out"),
+            (
+                "modules_to_not_convert",
+                ["*proj"],
+                r"names or regular expr.*got '\*proj', which is none: nothing to rep",
+            ),
             ("quant_method", "gptq", "'d2quant', got 'gptq'. Use the class of that method"),
         ],
     )
     def test_value_and_remedy_are_named(self, field, value, remedy):
-        with pytest.raises(ValueError, match=f"`{field}` must be .*{remedy}"):
+        with pytest.raises(ValueError, match=f"`{field}` must (be|hold) .*{remedy}"):
             D2QuantConfig(**{field: value})
 
     @pytest.mark.parametrize(
@@ -229,13 +234,30 @@ class TestNames:
             ("layers.3.mlp.down_proj", "model.layers.3.mlp.down_proj", True),
             ("layers.3.mlp.down_proj", "model.layers.13.mlp.down_proj", False),
             ("own_proj", "model.layers.3.mlp.down_proj", False),
-            ("mlp", "model.layers.3.mlp.down_proj", False),
+            # sub-modules
+            ("mlp", "model.layers.3.mlp.down_proj", True),
+            ("layers.3", "model.layers.3.mlp.down_proj", True),
+            ("layers.3", "model.layers.33.mlp.down_proj", False),
+            ("layers.3.", "model.layers.3.mlp.down_proj", True),
+            ("model.layers.3", "model.layers.3.mlp.down_proj", True),
+            ("model.layers.3.mlp", "model.layers.3.self_attn.k_proj", False),
+            ("lm_head", "model.layers.3.mlp.down_proj", False),
+            ("", "model.layers.3.mlp.down_proj", False),
+            # regular expressions, of whole names or of names of sub-modules
+            (".*down_proj", "model.layers.3.mlp.down_proj", True),
+            (r".*\.mlp", "model.layers.3.mlp.down_proj", True),
+            (r".*\.ml", "model.layers.3.mlp.down_proj", False),
+            (r"model\.layers\.[0-3]\.", "model.layers.3.mlp.down_proj", True),
+            (r"model\.layers\.[0-3]\.", "model.layers.33.mlp.down_proj", False),
+            (r"layers\.[0-3]\.", "model.layers.3.mlp.down_proj", False),
+            ("mlp.(up|down)_proj", "model.layers.3.mlp.down_proj", False),
+            (".*mlp.(up|down)_proj", "model.layers.3.mlp.down_proj", True),
             # saved with a head, read as a base model
             ("model.layers.3.mlp.down_proj", "layers.3.mlp.down_proj", True),
             ("model.layers.13.mlp.down_proj", "layers.3.mlp.down_proj", False),
         ],
     )
-    def test_skips_by_the_end_of_the_name(self, listed, name, skipped):
+    def test_skips_by_name_or_pattern(self, listed, name, skipped):
         assert D2QuantConfig(modules_to_not_convert=["q_proj", listed]).skips(name) is skipped
 
     def test_nothing_is_skipped_by_default(self):

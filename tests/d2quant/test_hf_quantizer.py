@@ -394,6 +394,10 @@ class TestOnTheFly:
                 {"group_size": 48},
                 "`group_size` must be .*, got 48 and `model.layers.0.self_attn.q_proj` of 32 columns",
             ),
+            (
+                {"modules_to_not_convert": ["down_prj"]},
+                "is called, 'down_prj'. The nearest name is 'down_proj'",
+            ),
             ({"tokenizer": "nowhere/to-be-found"}, "needs a tokenizer, and none could be loaded from 'nowhere/to-be"),
         ],
     )

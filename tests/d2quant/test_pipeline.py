@@ -10,6 +10,7 @@ Laws of the block loop:
 import copy
 import gc
 import json
+import re
 import shutil
 import weakref
 from dataclasses import asdict
@@ -19,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaConfig, LlamaModel, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, OPTConfig, OPTForCausalLM
 
 import trl_gopd
 from tests.tiny import build_bos_tokenizer, build_model
@@ -171,6 +172,21 @@ class TestQuantizeModel:
         quantize_model(model, None, config(modules_to_not_convert=["down_proj", "layers.1.self_attn.q_proj"]))
         assert torch.equal(model.model.layers[0].mlp.down_proj.weight, weight)
         assert len(packed(model)) == 14 - 3
+
+    @pytest.mark.parametrize(
+        ("entries", "count"),
+        [
+            (["layers.0"], 7),
+            (["self_attn"], 6),
+            (["lm_head", "model.layers.1.mlp"], 11),
+            ([".*down_proj", "embed_tokens"], 12),
+        ],
+    )
+    def test_sub_modules_and_patterns_can_be_left(self, model, tmp_path, entries, count):
+        quantize_model(model, None, config(modules_to_not_convert=entries))
+        assert len(packed(model)) == count
+        model.save_pretrained(tmp_path)
+        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
     def test_column_scale_without_an_exact_place_scales_the_input(self):
         torch.manual_seed(0)
@@ -474,6 +490,22 @@ class TestBadInput:
         names = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
         with pytest.raises(ValueError, match=r"'down_proj'.*leaves no linear layer"):
             quantize_model(model, None, config(modules_to_not_convert=names))
+
+    @pytest.mark.parametrize(
+        ("entry", "nearest"),
+        [
+            ("mlp.down_prj", "mlp.down_proj"),
+            ("layers.9", "layers.[01]"),
+            ("self_atn", "self_attn"),
+            ("model.layers.0.mlp.gate", "model.layers.0.mlp.gate_proj"),
+            (r".*down_prj", ".*"),
+        ],
+    )
+    def test_name_that_no_module_has(self, model, entry, nearest):
+        complaint = f"no module of the model is called, {re.escape(repr(entry))}. The nearest .* '{nearest}'"
+        with pytest.raises(ValueError, match=complaint):
+            quantize_model(model, None, config(modules_to_not_convert=["o_proj", entry]))
+        assert not packed(model)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_weight_that_is_not_finite(self, model, value):

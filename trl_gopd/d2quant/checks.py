@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.finite import check_finite, largest
 from trl_gopd.d2quant.linear import D2QuantLinear
+from trl_gopd.d2quant.names import check_entries
 from trl_gopd.d2quant.stages import linears_to_quantize
 from trl_gopd.d2quant.topology import Topology, find_topology
 
@@ -18,8 +19,9 @@ def check_model(model: PreTrainedModel, config: D2QuantConfig) -> Topology:
         [`~trl_gopd.d2quant.topology.Topology`]: of the model.
 
     Raises:
-        `TypeError`, `ValueError`: if the model is not one, or is quantized or not in memory, if no linear is left to
-        quantize or one is narrower than a group, or as [`check_numbers`] does.
+        `TypeError`, `ValueError`: if the model is not one, or is quantized or not in memory, if an entry of
+        `modules_to_not_convert` is no module of it, no linear is left to quantize or one is narrower than a group, or
+        as [`check_numbers`] does.
     """
     if any(isinstance(module, D2QuantLinear) for module in model.modules()) or getattr(model, "is_quantized", False):
         raise ValueError(
@@ -32,6 +34,7 @@ def check_model(model: PreTrainedModel, config: D2QuantConfig) -> Topology:
             "Load it without `device_map='disk'` and with enough memory."
         )
     topology = find_topology(model)
+    check_entries(config.modules_to_not_convert, (name for name, _ in model.named_modules()))
     linears = [
         (block, name) for block in topology.blocks for stage in linears_to_quantize(block, config) for name in stage
     ]

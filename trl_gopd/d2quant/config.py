@@ -10,6 +10,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .grids import GRIDS, Grid
 from .integrity import check_settings
+from .names import check_patterns, is_named
 from .packing import BITS
 
 
@@ -49,8 +50,10 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         scale_dtype (`str`, *optional*, defaults to `"float16"`):
             Dtype of the stored scales: `"float16"`, `"bfloat16"` or `"float32"`.
         modules_to_not_convert (`list[str]`, *optional*):
-            Linears of the decoder blocks to leave as they are, by the end of their names, such as `"mlp.down_proj"`
-            or `"layers.0.self_attn.o_proj"`. Embeddings and the head always are.
+            Linears of the decoder blocks to leave as they are: by the end of their names (`"mlp.down_proj"`), by the
+            name of a module that contains them (`"layers.0"`, `"self_attn"`), or by a regular expression for the name
+            from its start (`".*down_proj"`). An entry that no module has is refused. Embeddings and the head always
+            are left. A checkpoint lists the linears that it has not packed.
 
     > Parameters that control the rounding
 
@@ -301,7 +304,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def skips(self, name: str) -> bool:
         """Whether the linear called `name` in its model is left in full precision."""
-        return is_listed(name, self.modules_to_not_convert)
+        return is_named(name, self.modules_to_not_convert)
 
     @property
     def torch_scale_dtype(self) -> torch.dtype:
@@ -352,6 +355,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (list, tuple)) and all(type(v) is str for v in value)):
                 raise TypeError(f"`{name}` must be a list of names of linears, got {value!r}. Pass ['mlp.down_proj'].")
+        check_patterns(self.modules_to_not_convert)
 
     def _check_choices(self, name: str, accepted: tuple[Any, ...]) -> None:
         value = getattr(self, name)

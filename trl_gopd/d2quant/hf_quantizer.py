@@ -30,6 +30,7 @@ from .config import QUANT_METHOD, RUNTIME_FIELDS, D2QuantConfig, is_listed
 from .convert import empty_packed
 from .integrity import REMEDY, check_model_config, check_tensors, statement
 from .linear import D2QuantLinear
+from .names import check_entries, is_named
 
 
 # Modules that need model classes are imported where they are used: this file is imported while transformers itself is
@@ -92,7 +93,7 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
             if checkpoint_files is not None:  # otherwise the caller passes tensors of its own
                 check_tensors(checkpoint_files, self._integrity(), model)
         else:
-            _check_widths(model, self.quantization_config)
+            _check_settings(model, self.quantization_config)
             self._tokenizer = _load_tokenizer(model, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
@@ -302,13 +303,13 @@ def _describe(model: "PreTrainedModel", config: D2QuantConfig) -> D2QuantConfig:
 
 
 def _ends_of_names(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Ends of names that match exactly the `chosen` ones in `is_listed`: names within a block, where possible."""
+    """Names within a block, where these mean exactly the `chosen` linears to `is_named`; full ones otherwise."""
     chosen = set(chosen)
     others = [name for name in names if name not in chosen]
     ends = set()
     for name in chosen:
         in_block = re.split(r"\.\d+\.", name, maxsplit=1)[1]
-        ends.add(name if any(is_listed(other, [in_block]) for other in others) else in_block)
+        ends.add(name if any(is_named(other, [in_block]) for other in others) else in_block)
     return sorted(ends)
 
 
@@ -331,7 +332,8 @@ def _insert_packed(model: "PreTrainedModel", config: D2QuantConfig) -> list[str]
     return inserted
 
 
-def _check_widths(model: "PreTrainedModel", config: D2QuantConfig) -> None:
+def _check_settings(model: "PreTrainedModel", config: D2QuantConfig) -> None:
+    check_entries(config.modules_to_not_convert, (name for name, _ in model.named_modules()))
     for name, linear in _block_linears(model).items():
         if linear.in_features < config.group_size and not config.skips(name):
             raise ValueError(
