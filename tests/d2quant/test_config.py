@@ -79,6 +79,12 @@ class TestFields:
     def test_dtype_of_torch_is_accepted(self):
         assert D2QuantConfig(scale_dtype=torch.bfloat16).scale_dtype == "bfloat16"
 
+    def test_one_group_for_each_row(self):
+        assert [D2QuantConfig(group_size=-1).group_size_of(width) for width in (32, 96)] == [32, 96]
+        assert D2QuantConfig(group_size=16).group_size_of(96) == 16
+        rotations = [D2QuantConfig(group_size=size, rotation="group").rotation_size for size in (-1, 16)]
+        assert rotations == [None, 16]
+
     @pytest.mark.parametrize("bits", [2, 3])
     def test_bitplanes_take_two_or_three_bits(self, bits):
         assert D2QuantConfig(bits, grid="bitplane").bits == bits
@@ -92,8 +98,8 @@ class TestErrors:
             ("bits", 5, "one of 2, 3, 4, 8, got 5"),
             ("bits", True, "got True"),
             ("bits", 2.0, "got 2.0"),
-            ("group_size", 0, "at least 1, got 0. For one group a row, pass the width"),
-            ("group_size", -1, "got -1. For one group a row"),
+            ("group_size", 0, "at least 1, got 0. -1 is one group for each row"),
+            ("group_size", -2, "got -2. -1 is one group for each row"),
             ("grid", "nf4", "one of 'affine', 'midrise', 'bitplane', got 'nf4'"),
             ("down_grid", "nf4", "one of None, 'affine', 'midrise', 'bitplane', got 'nf4'"),
             ("scale_dtype", "int8", "one of 'float16', 'bfloat16', 'float32', got 'int8'"),
@@ -207,6 +213,7 @@ class TestPresets:
         "num_samples": 128,
         "seq_length": 2048,
         "tune_epochs": 0,
+        "dataset": "wikitext2",
     }
 
     @pytest.mark.parametrize("bits", [2, 3])

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, OPTConfig, OPTForCausalLM
 
 import trl_gopd
-from tests.tiny import build_bos_tokenizer, build_model
+from tests.tiny import build_bos_tokenizer, build_model, build_tokenizer
 from trl_gopd.d2quant import pipeline, report, stages, tuning, workdir
 from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.linear import D2QuantLinear
@@ -217,6 +217,18 @@ class TestQuantizeModel:
         text = ["some words, and then others " * 20]
         quantize_model(model, tokenizer, config(dataset=text, add_bos_token=add_bos_token, rounding="rtn"))
         assert (seen[0][:, 0] == tokenizer.bos_token_id).all() == (add_bos_token is None)
+
+    @pytest.mark.parametrize("grid", ["affine", "bitplane"])
+    def test_one_group_for_each_row(self, model, tmp_path, grid):
+        settings = {"group_size": -1, "grid": grid, "rotation": "group", "column_scale": True}
+        report = quantize_model(model, None, config(work_dir=str(tmp_path / "work"), **settings))
+        assert {module.weight_scale.shape[-2] for module in packed(model).values()} == {1}
+        assert {entry.group_size for entry in report.linears} == {32, 64}
+        model.save_pretrained(tmp_path / "saved")
+        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), model)
+        resumed = build_model(build_tokenizer(), seed=1)
+        quantize_model(resumed, None, config(work_dir=str(tmp_path / "work"), **settings))
+        assert_same(resumed, model)
 
     def test_tied_embeddings_stay_tied(self, tokenizer):
         model = build_model(tokenizer, seed=1, tie_word_embeddings=True)
@@ -528,7 +540,7 @@ class TestBadInput:
     def test_rotated_weight_that_is_not_finite(self, model):
         model.model.norm.weight.data.fill_(1e20)
         model.lm_head.weight.data.fill_(1e20)
-        with pytest.raises(ValueError, match="`lm_head.weight` holds NaN or infinity"):
+        with pytest.raises(ValueError, match="`lm_head.weight` would hold NaN or infinity"):
             quantize_model(model, None, config(rotation="full"))
         assert not packed(model)
 

@@ -40,7 +40,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             Width of a code: 2, 3, 4 or 8.
         group_size (`int`, *optional*, defaults to `64`):
             Number of consecutive columns of a weight that share a scale. It need not divide the width: the last group
-            may be smaller.
+            may be smaller. -1 is one group for each row.
         grid (`str`, *optional*, defaults to `"affine"`):
             Codebook of a group: `"affine"` (a scale and an integer zero point), `"midrise"` (a scale; symmetric, with
             no level at zero) or `"bitplane"` (a scale for each bit, as in the authors' release; 2 or 3 bits).
@@ -89,7 +89,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             Whether the correction is shrunk towards 0 where the mean is uncertain.
         rotation (`str`, *optional*):
             Hadamard rotation of the residual stream, applied before quantizing: `"full"` mixes all channels, `"group"`
-            mixes each run of `group_size` channels. Tied embeddings are untied.
+            mixes each run of `group_size` channels, which must divide the hidden size. Tied embeddings are untied.
         tune_epochs (`int`, *optional*, defaults to `3`):
             Number of passes over the calibration tokens in which scales, norms and biases of all blocks are trained on
             the token distributions of the full-precision model. 0 skips this tuning.
@@ -227,7 +227,8 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def paper(cls, bits: int = 2, **overrides: Any) -> Self:
         """
         The settings of [D²Quant](https://huggingface.co/papers/2602.02546), with the codebook the paper describes: an
-        affine one with a column scale, fitted with all columns alike.
+        affine one with a column scale, fitted with all columns alike. It is calibrated on the training split of
+        WikiText-2, from the hub.
 
         Args:
             bits (`int`, *optional*, defaults to `2`): Width of a code; the paper has 2 and 3.
@@ -248,6 +249,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             "mean_shift": True,
             "rotation": "group",
             "tune_epochs": 0,
+            "dataset": "wikitext2",
             "num_samples": 128,
             "seq_length": 2048,
         }
@@ -311,6 +313,15 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """`scale_dtype` as a dtype of torch."""
         return SCALE_DTYPES[self.scale_dtype]
 
+    def group_size_of(self, in_features: int) -> int:
+        """Columns that share a scale in a linear with `in_features` columns."""
+        return in_features if self.group_size == -1 else self.group_size
+
+    @property
+    def rotation_size(self) -> int | None:
+        """Channels that `rotation` mixes; `None` for all."""
+        return self.group_size if self.rotation == "group" and self.group_size != -1 else None
+
     def grid_of(self, name: str) -> Grid:
         """Codebook of the linear called `name` in its model, according to the `down_modules` of a checkpoint."""
         return self.down_grid if self.down_grid and is_listed(name, self.down_modules) else self.grid
@@ -323,7 +334,8 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         _check_version(self.format_version)
         self._check_choices("bits", BITS)
-        self._check_integer("group_size", 1, "For one group a row, pass the width of the widest linear.")
+        if self.group_size != -1:
+            self._check_integer("group_size", 1, "-1 is one group for each row.")
         self._check_choices("grid", GRIDS)
         self._check_choices("down_grid", (None, *GRIDS))
         if "bitplane" in (self.grid, self.down_grid) and self.bits not in (2, 3):

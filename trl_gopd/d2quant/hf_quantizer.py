@@ -285,7 +285,10 @@ def _describe(model: "PreTrainedModel", config: D2QuantConfig) -> D2QuantConfig:
     packed = {name: module for name, module in linears.items() if isinstance(module, D2QuantLinear)}
     for name, module in packed.items():
         layout = (module.bits, module.group_size)
-        if layout != (config.bits, config.group_size) or module.grid not in (config.grid, config.down_grid):
+        if layout != (config.bits, config.group_size_of(module.in_features)) or module.grid not in (
+            config.grid,
+            config.down_grid,
+        ):
             raise ValueError(
                 f"`config` must say how `{name}` is packed, got {config.bits} bits, groups of {config.group_size} and "
                 f"the grid {config.grid!r} for {module}. Pass the configuration it was quantized with."
