@@ -121,6 +121,13 @@ class TestNumbers:
         assert result["storage"]["parameters_left"] == 134_515_008
 
 
+def test_damaged_model_is_one_line(models, text, tmp_path, capsys):
+    folder = shutil.copytree(models / "student", tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    told = refusal([folder, "--perplexity", text, *QUICK], capsys).splitlines()
+    assert told[-1].startswith("trl-gopd evaluate: error: ") and "model.safetensors" in told[-1]
+
+
 @pytest.mark.usefixtures("no_model")
 class TestRefusals:
     def test_missing_folder(self, tmp_path, capsys):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import written_whole
-from .arguments import DTYPES, at_least, check_folders, check_models, torch_device
+from .arguments import DTYPES, at_least, check_folders, check_models, refusals_in_one_line, torch_device
 
 
 if TYPE_CHECKING:
@@ -66,18 +66,19 @@ def main(arguments: list[str]) -> int:
     device = torch_device(parser, args.device)
     windows = _windows(parser, args)
     options: dict[str, Any] = {"dtype": args.dtype, "device_map": device}
-    with measure() as load:
-        model = AutoModelForCausalLM.from_pretrained(args.model, **options)
-    quality: dict[str, Any] = {"perplexity": None, "agreement": None}
-    if args.against is None:
-        with measure() as evaluation:
-            quality["perplexity"] = perplexity(model, windows, batch_size=args.batch_size)
-    else:
-        reference = AutoModelForCausalLM.from_pretrained(args.against, **options)
-        with measure() as evaluation:
-            quality["agreement"] = compare(model, reference, windows, batch_size=args.batch_size)
-        quality["perplexity"] = quality["agreement"].model
-    measured = {**quality, "storage": storage(model, args.model), "load": load, "evaluation": evaluation}
+    with refusals_in_one_line(parser):
+        with measure() as load:
+            model = AutoModelForCausalLM.from_pretrained(args.model, **options)
+        quality: dict[str, Any] = {"perplexity": None, "agreement": None}
+        if args.against is None:
+            with measure() as evaluation:
+                quality["perplexity"] = perplexity(model, windows, batch_size=args.batch_size)
+        else:
+            reference = AutoModelForCausalLM.from_pretrained(args.against, **options)
+            with measure() as evaluation:
+                quality["agreement"] = compare(model, reference, windows, batch_size=args.batch_size)
+            quality["perplexity"] = quality["agreement"].model
+        measured = {**quality, "storage": storage(model, args.model), "load": load, "evaluation": evaluation}
 
     print(_table(args, windows, measured))
     if args.json:

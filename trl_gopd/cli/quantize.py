@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import DTYPES, check_folders, check_models, torch_device
+from .arguments import DTYPES, check_folders, check_models, refusals_in_one_line, torch_device
 
 
 if TYPE_CHECKING:
@@ -85,12 +85,13 @@ def main(arguments: list[str]) -> int:
 
     config = _config(parser, args)
     device = torch_device(parser, args.device)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map=device)
-    report = quantize_model(model, tokenizer, config)
-    save_quantized(model, args.output_dir, tokenizer=tokenizer)
-    for path in filter(None, (args.json, args.figure)):
-        report.save(path)
+    with refusals_in_one_line(parser):
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map=device)
+        report = quantize_model(model, tokenizer, config)
+        save_quantized(model, args.output_dir, tokenizer=tokenizer)
+        for path in filter(None, (args.json, args.figure)):
+            report.save(path)
     for note in report.notes:
         print(note)
     size = storage(model, args.output_dir)
