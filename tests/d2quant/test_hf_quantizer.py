@@ -295,11 +295,6 @@ class TestDequantize:
         # float32 in another order of summation: at most a few dozen roundings in a row
         assert (logits(dense) - want).abs().max() <= 64 * torch.finfo(torch.float32).eps * want.abs().max()
 
-    def test_bias_without_a_place_is_said(self, saved, caplog, monkeypatch):
-        monkeypatch.setattr(transformers.logging.get_logger("transformers"), "propagate", True)
-        AutoModelForCausalLM.from_pretrained(saved[1]).dequantize()
-        assert "4 linears of the dense model have a bias, such as `model.layers.0.mlp.gate_proj`" in caplog.text
-
     def test_dtype(self, saved):
         dense = AutoModelForCausalLM.from_pretrained(saved[1], dtype=torch.bfloat16).dequantize()
         assert {parameter.dtype for parameter in dense.parameters()} == {torch.bfloat16}

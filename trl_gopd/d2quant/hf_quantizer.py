@@ -126,30 +126,19 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return self.quantization_config.integrity
 
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None) -> "PreTrainedModel":
-        # `dtype` is a string if it comes from the configuration of a saved model.
-        dense_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        packed = list(_packed(model))
-        offloaded = [name for name, module in packed if module.weight.is_meta]
+        from .dense import make_dense
+
+        packed = dict(_packed(model))
+        offloaded = [name for name, module in packed.items() if module.weight.is_meta]
         if offloaded:
             raise ValueError(
                 f"`model` must be in memory, and `{offloaded[0]}` is offloaded. Load it without 'disk', or 'cpu' "
                 "beside another device, in `device_map`."
             )
-        with torch.device("meta"):
-            plain = type(model)(model.config)
-        without_slot = []
-        for name, module in packed:
-            original = name.removesuffix(".base_layer")
-            # Trainable, as after loading a dense checkpoint, except for the frozen base of an adapter.
-            model.set_submodule(name, module.to_dense(dense_dtype).requires_grad_(name == original))
-            if module.bias is not None and plain.get_submodule(original).bias is None:
-                without_slot.append(original)
-        if without_slot:
-            logger.warning(
-                f"{len(without_slot)} linears of the dense model have a bias, such as `{without_slot[0]}`, for which "
-                f"{type(model).__name__} has no place: `from_pretrained` will drop them if it is saved. Save the "
-                "quantized model instead."
-            )
+        # `dtype` is a string if it comes from the configuration of a saved model.
+        make_dense(model, packed, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        if dtype is not None:
+            model.config.dtype = dtype
         return model
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[None, dict[str, str]]:

@@ -1,5 +1,6 @@
 """A linear layer whose weight stays packed in memory, and in the forward and backward pass."""
 
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -172,6 +173,23 @@ class D2QuantLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Maps `(..., in_features)` to `(..., out_features)`, in the dtype of the input, as a linear layer does."""
         return quantized_linear(input, self.packed, bias=self.bias, input_scale=self.input_scale)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """
+        What `.to()`, `.half()` and the like do: the bias is cast, and all tensors are moved. Scales keep their dtype,
+        because rounding them would change every weight.
+        """
+        scales = [scale for scale in (self.weight_scale, self.input_scale) if scale is not None]
+        kept = [*scales, *(scale.grad for scale in scales if scale.grad is not None)]
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype != tensor.dtype and any(tensor is scale for scale in kept):
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

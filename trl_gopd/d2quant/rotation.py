@@ -171,7 +171,8 @@ def _rotate_rows(weight: Tensor, matrix: Tensor) -> None:
 
 def _rotated(rows: Tensor, matrix: Tensor) -> Tensor:
     """`rows · Q`, computed in float64 and rounded once."""
-    return (rows.double().unflatten(-1, (-1, len(matrix))) @ matrix.to(rows.device)).flatten(-2).to(rows.dtype)
+    runs: Tensor = torch.unflatten(rows.double(), -1, (-1, len(matrix))) @ matrix.to(rows.device)
+    return runs.flatten(-2).to(rows.dtype)
 
 
 def _fused(rows: Tensor, scale: Tensor) -> Tensor:
