@@ -273,8 +273,25 @@ class TestReload:
         AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
         assert_same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
         assert (tmp_path / FILE).read_bytes() == (folder / FILE).read_bytes()
-        # and refers to no code, since none is saved along
-        assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+        # with the code that `trust_remote_code=True` runs
+        assert (tmp_path / "modeling_d2quant.py").read_bytes() == (folder / "modeling_d2quant.py").read_bytes()
+        assert (tmp_path / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+    def test_dense_model_is_saved_without_a_word_of_it(self, saved, tmp_path):
+        dense = AutoModelForCausalLM.from_pretrained(saved[1]).dequantize()
+        dense.save_pretrained(tmp_path)
+        assert not (tmp_path / "modeling_d2quant.py").exists()
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert not {"auto_map", "transformers_weights", "quantization_config"} & config.keys()
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(dense))
+
+    def test_saving_leaves_the_configuration(self, saved, tmp_path):
+        model, _ = saved
+        before = model.config.to_dict()
+        model.save_pretrained(tmp_path / "a")
+        model.save_pretrained(tmp_path / "b", is_main_process=False)
+        assert model.config.to_dict() == before
+        assert not (tmp_path / "b" / "modeling_d2quant.py").exists()
 
     @pytest.mark.parametrize(("version", "remedy"), [(3, "newer trl_gopd.* Upgrade"), (1, "Quantize the model")])
     def test_other_formats_are_refused(self, folder, version, remedy):
@@ -790,13 +807,17 @@ class TestForeignProcess:
 import sys, torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-folder, ids, want, again = sys.argv[1], *torch.load(sys.argv[2]), sys.argv[3]
-try:
-    AutoModelForCausalLM.from_pretrained(folder)
-except RuntimeError as error:
-    assert "ignore_mismatched_sizes" in str(error), error
-else:
-    raise SystemExit("it loaded a model that it cannot know")
+*folders, want, again = sys.argv[1:]
+ids, want = torch.load(want)
+options = ({}, {"ignore_mismatched_sizes": True}, {"trust_remote_code": False}, {"dtype": "bfloat16"})
+for auto_class, folder in zip((AutoModelForCausalLM, AutoModelForCausalLM, AutoModel), folders, strict=True):
+    for given in options:
+        try:
+            auto_class.from_pretrained(folder, **given)
+        except ValueError as error:
+            assert str(error).endswith("run `import trl_gopd` first, or pass `trust_remote_code=True`"), error
+        else:
+            raise SystemExit(f"it loaded a model that it cannot know, with {given}")
 from transformers.quantizers import auto
 assert "trl_gopd" not in sys.modules and "d2quant" not in auto.AUTO_QUANTIZER_MAPPING
 
@@ -816,9 +837,12 @@ assert "modeling_d2quant" in type(base).__module__, type(base).__module__
 
     def test_refuses_or_trusts(self, saved, tmp_path):
         model, folder = saved
+        model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+        model.save_pretrained(tmp_path / "plain")
+        folders = [folder, tmp_path / "shards", tmp_path / "plain"]
         torch.save((IDS, logits(model)), tmp_path / "want.pt")
         result = subprocess.run(
-            [sys.executable, "-c", self.CODE, str(folder), str(tmp_path / "want.pt"), str(tmp_path / "again")],
+            [sys.executable, "-c", self.CODE, *map(str, [*folders, tmp_path / "want.pt", tmp_path / "again"])],
             env={
                 **os.environ,
                 "HF_MODULES_CACHE": str(tmp_path / "modules"),

@@ -158,7 +158,7 @@ def token_windows(text: str, tokenizer: Any, seq_length: int, *, add_bos_token: 
 
 def _bos(tokenizer: Any, add_bos_token: bool | None) -> list[int]:
     """The id that windows begin with, in a list, which is empty if they begin with none."""
-    token_id = getattr(tokenizer, "bos_token_id", None)
+    token_id: Any = getattr(tokenizer, "bos_token_id", None)
     if add_bos_token is None:
         # What a call adds, rather than `tokenizer.add_bos_token`, which many tokenizers lack and others ignore.
         plain, text = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))

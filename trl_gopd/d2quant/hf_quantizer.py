@@ -10,7 +10,6 @@ missing or altered is refused, before the model is built where the configuration
 """
 
 import copy
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -28,6 +27,7 @@ from trl_gopd.files import written_whole
 
 from .config import QUANT_METHOD, RUNTIME_FIELDS, D2QuantConfig, is_listed
 from .convert import empty_packed
+from .foreign import allow_loading, forget_code, write_along
 from .integrity import REMEDY, check_model_config, check_tensors, statement
 from .linear import D2QuantLinear
 from .names import check_entries, is_named
@@ -37,15 +37,6 @@ from .names import check_entries, is_named
 # being imported, when it has no model classes yet.
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-MODELING_MODULE = "modeling_d2quant"
-MODELING_CODE = '''"""
-Lets `trust_remote_code=True` load this checkpoint: importing trl_gopd is what makes its quantization known.
-"""
-
-import transformers
-import trl_gopd  # noqa: F401
-'''
 
 logger = logging.get_logger(__name__)
 
@@ -83,6 +74,7 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         """Refuses an altered configuration. It is the one hook that sees it before the model is built."""
         if self.pre_quantized:
             check_model_config(config, self._integrity())
+            allow_loading(config)
         return config
 
     def _process_model_before_weight_loading(
@@ -111,10 +103,8 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 if not getattr(parameter, "_is_hf_initialized", parameter.is_meta):
                     raise ValueError(f"The checkpoint has no `{name}.{key}`, or one of another shape. {REMEDY}")
             module.requires_grad_(False)  # transformers turns it on for all that is floating point
-        # `save_pretrained` copies the modeling file only for a model that was loaded from it: remove the reference.
-        references = getattr(model.config, "auto_map", None)
-        if references and MODELING_MODULE in json.dumps(references) and not model.is_remote_code():
-            del model.config.auto_map
+        if not model.is_remote_code():
+            forget_code(model.config)
 
     def _integrity(self) -> dict[str, Any]:
         """What the checkpoint states of itself; a `ValueError` if it states nothing."""
@@ -149,6 +139,7 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if not getattr(model, "_hf_peft_config_loaded", False):  # otherwise only the adapter is saved
             model.config.quantization_config = self.quantization_config
             self.quantization_config.integrity = statement(model, self.quantization_config.to_dict())
+            write_along()
         return None, {}
 
     def is_serializable(self) -> bool:
@@ -198,12 +189,12 @@ def save_quantized(
     model: "PreTrainedModel", path: str | os.PathLike[str], *, tokenizer: "PreTrainedTokenizerBase | None" = None
 ) -> None:
     """
-    Saves a quantized model, either completely or not at all, together with the code that `trust_remote_code=True`
-    runs to load it. `model.save_pretrained` writes file by file: killed in the middle, it leaves a folder that is
-    refused when it is loaded. Saving equal models gives files that are equal byte for byte.
+    Saves a quantized model, either completely or not at all. `model.save_pretrained` writes the same, file by file:
+    killed in the middle, it leaves a folder that is refused when it is loaded. Saving equal models gives files that
+    are equal byte for byte.
 
-    A process that has not imported `trl_gopd` refuses to load the checkpoint. With `trust_remote_code=True` it loads
-    the checkpoint, or asks for `trl_gopd` to be installed.
+    A process that has not imported `trl_gopd` refuses to load the checkpoint, and says so. With
+    `trust_remote_code=True` it runs a module in the folder that imports `trl_gopd`, and loads the checkpoint.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Quantized with [`D2QuantConfig`].
@@ -233,22 +224,6 @@ def save_quantized(
         model.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
-        if not model.is_remote_code():  # otherwise `save_pretrained` has copied the code
-            _add_modeling_code(model, part)
-
-
-def _add_modeling_code(model: "PreTrainedModel", folder: Path) -> None:
-    """Writes a file into `folder` whose import registers the quantizer, and names its classes in `config.json`."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    names = {"AutoModel": type(model.base_model).__name__}
-    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        names["AutoModelForCausalLM"] = type(model).__name__
-    code = MODELING_CODE + "".join(f"\n\nclass {name}(transformers.{name}):\n    pass\n" for name in names.values())
-    (folder / f"{MODELING_MODULE}.py").write_text(code, encoding="utf-8")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["auto_map"] = {auto_class: f"{MODELING_MODULE}.{name}" for auto_class, name in names.items()}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _packed(model: nn.Module) -> Iterator[tuple[str, D2QuantLinear]]:
