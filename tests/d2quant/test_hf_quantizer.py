@@ -904,10 +904,6 @@ class TestAdapters:
         again.load_adapter(str(tmp_path))
         assert torch.equal(logits(again), logits(model))
 
-    def test_merging_into_packed_words_fails(self, model):
-        with pytest.raises(RuntimeError):
-            model.merge_and_unload()
-
     def test_merging_after_dequantizing_is_exact(self, model):
         want = logits(model)
         model.base_model.model.dequantize()

@@ -6,6 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from .adapters import refuse_merging
 from .grids import GRIDS, Grid, QuantizedWeight
 from .kernels import dequantize, quantized_linear
 from .kernels.packed import Packed
@@ -17,7 +18,7 @@ class D2QuantLinear(nn.Linear):
     Linear layer with a weight of `bits` bits, for inference and as the frozen base of an adapter.
 
     It is an [`~torch.nn.Linear`] so that PEFT wraps it as one, and the packed codes are called `weight` so that code
-    that expects a dense one fails: merging an adapter, and loading a checkpoint without this package.
+    that expects a dense one fails. Merging an adapter is refused, see `adapters`.
 
     Nothing requires a gradient when built. `weight_scale` and `bias` may be made to, and are then trained.
 
@@ -73,6 +74,7 @@ class D2QuantLinear(nn.Linear):
         device: torch.device | str | None = None,
     ) -> None:
         nn.Module.__init__(self)  # `nn.Linear.__init__` would allocate a dense weight
+        refuse_merging(D2QuantLinear)
         check_bits(bits)
         if group_size < 1:
             raise ValueError(
