@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ import trl_gopd
 from tests.tiny import build_model
 from trl_gopd.d2quant import integrity, pipeline
 from trl_gopd.d2quant.config import D2QuantConfig
-from trl_gopd.d2quant.hf_quantizer import mark_quantized, save_quantized
+from trl_gopd.d2quant.hf_quantizer import D2QuantHfQuantizer, mark_quantized, save_quantized
 from trl_gopd.d2quant.linear import D2QuantLinear
 from trl_gopd.d2quant.quantize import quantize_model
 from trl_gopd.d2quant.rounding import round_weight
@@ -457,6 +458,31 @@ class TestOnTheFly:
     def test_one_device_is_accepted(self, calls, models, config):
         model = AutoModelForCausalLM.from_pretrained(models / "student", quantization_config=config, device_map="cpu")
         assert len(packed(model)) == 13
+
+
+class TestParallel:
+    """What a rank would hold of packed words, cut along their rows, is no part of the weight."""
+
+    @pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"ep_size": 2}, {"tp_size": 2, "ep_size": 2}])
+    def test_cut_layers_are_refused(self, saved, sizes):
+        distributed = SimpleNamespace(**{"tp_size": 1, "ep_size": 1, "fsdp_size": 2, "pp_size": 1} | sizes)
+        config = AutoConfig.from_pretrained(saved[1])
+        config.distributed_config = distributed
+        first, value = next(iter(sizes.items()))
+        with pytest.raises(ValueError, match=f"`{first}` must be 1 for packed weights, .*got {value}. .*`device_map"):
+            D2QuantHfQuantizer(saved[0].config.quantization_config).update_attn_implementation(config)
+
+    @pytest.mark.parametrize("size", ["tp_size", "ep_size", "fsdp_size", "pp_size"])
+    def test_quantizing_on_ranks_is_refused(self, config, models, size):
+        model_config = AutoConfig.from_pretrained(models / "student")
+        model_config.distributed_config = SimpleNamespace(**{size: 2})
+        with pytest.raises(ValueError, match=f"`{size}` must be 1 while a model is quantized, got 2"):
+            D2QuantHfQuantizer(config, pre_quantized=False).update_attn_implementation(model_config)
+
+    def test_one_rank_is_accepted(self, saved, config):
+        model_config = AutoConfig.from_pretrained(saved[1])
+        model_config.distributed_config = SimpleNamespace(tp_size=1, ep_size=None, fsdp_size=2, pp_size=1)
+        D2QuantHfQuantizer(saved[0].config.quantization_config).update_attn_implementation(model_config)
 
 
 class TestDamage:

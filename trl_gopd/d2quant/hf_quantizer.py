@@ -71,7 +71,8 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
             )
 
     def update_attn_implementation(self, config: "PreTrainedConfig") -> "PreTrainedConfig":
-        """Refuses an altered configuration. It is the one hook that sees it before the model is built."""
+        """Refuses an altered configuration, and ranks. It is the one hook that sees it before the model is built."""
+        _check_ranks(config, self.pre_quantized)
         if self.pre_quantized:
             check_model_config(config, self._integrity())
             allow_loading(config)
@@ -297,6 +298,19 @@ def _insert_packed(model: "PreTrainedModel", config: D2QuantConfig) -> list[str]
         model.set_submodule(name, packed)
         inserted.append(name)
     return inserted
+
+
+def _check_ranks(config: "PreTrainedConfig", pre_quantized: bool) -> None:
+    """Refuses to cut packed weights along their rows, which are words, and to calibrate a part of a model."""
+    distributed = getattr(config, "distributed_config", None)
+    for name in ("tp_size", "ep_size") if pre_quantized else ("tp_size", "ep_size", "pp_size", "fsdp_size"):
+        size = getattr(distributed, name, None) or 1
+        if size > 1:
+            reason = "for packed weights, which cannot be cut" if pre_quantized else "while a model is quantized"
+            raise ValueError(
+                f"`{name}` must be 1 {reason}, got {size}. Load without `tp_plan` and `distributed_config`; "
+                "`device_map='auto'` places whole blocks on several devices."
+            )
 
 
 def _check_settings(model: "PreTrainedModel", config: D2QuantConfig) -> None:
