@@ -35,7 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--preset", choices=PRESETS, default="default", help="set of options to start from (default)")
     parser.add_argument("--bits", type=int, default=2, help="bits of a weight: 2, 3, 4 or 8 (2)")
-    parser.add_argument("--group-size", metavar="N", type=int, help="number of columns that share a scale")
+    parser.add_argument(
+        "--group-size", metavar="N", type=int, help="number of columns that share a scale; -1: one group a row"
+    )
     parser.add_argument("--dataset", help="calibration text: a file, or wikitext2 (default: an embedded text)")
     parser.add_argument("--num-samples", metavar="N", type=int, help="number of calibration windows")
     parser.add_argument("--seq-length", metavar="N", type=int, help="tokens of a calibration window")
