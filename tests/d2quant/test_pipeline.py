@@ -514,7 +514,7 @@ class TestBadInput:
         ],
     )
     def test_name_that_no_module_has(self, model, entry, nearest):
-        complaint = f"no module of the model is called, {re.escape(repr(entry))}. The nearest .* '{nearest}'"
+        complaint = f"nothing in the model is called, {re.escape(repr(entry))}. The nearest .* '{nearest}'"
         with pytest.raises(ValueError, match=complaint):
             quantize_model(model, None, config(modules_to_not_convert=["o_proj", entry]))
         assert not packed(model)

@@ -38,7 +38,7 @@ def check_model(model: PreTrainedModel, config: D2QuantConfig) -> Topology:
             "Load it without `device_map='disk'` and with enough memory."
         )
     topology = find_topology(model)
-    check_entries(config.modules_to_not_convert, (name for name, _ in model.named_modules()))
+    check_entries(config.modules_to_not_convert, model)
     linears = [
         (block, name) for block in topology.blocks for stage in linears_to_quantize(block, config) for name in stage
     ]

@@ -314,7 +314,7 @@ def _check_ranks(config: "PreTrainedConfig", pre_quantized: bool) -> None:
 
 
 def _check_settings(model: "PreTrainedModel", config: D2QuantConfig) -> None:
-    check_entries(config.modules_to_not_convert, (name for name, _ in model.named_modules()))
+    check_entries(config.modules_to_not_convert, model)
     for name, linear in _block_linears(model).items():
         if linear.in_features < config.group_size and not config.skips(name):
             raise ValueError(

@@ -4,6 +4,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
+from torch import nn
+
 
 def is_named(name: str, entries: Iterable[str] | None) -> bool:
     """
@@ -27,9 +29,9 @@ def is_named(name: str, entries: Iterable[str] | None) -> bool:
     return any(_means(entry, name) for entry in entries or ())
 
 
-def check_entries(entries: Iterable[str] | None, names: Iterable[str]) -> None:
-    """Raises a `ValueError` that names the first of `entries` that means none of the modules `names`."""
-    names = list(names)
+def check_entries(entries: Iterable[str] | None, model: nn.Module) -> None:
+    """Raises a `ValueError` that names the first of `entries` that means no module and no parameter of `model`."""
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     for entry in entries or ():
         if not any(_means(entry, name) for name in names):
             parts = entry.strip(".").count(".") + 1
@@ -37,7 +39,7 @@ def check_entries(entries: Iterable[str] | None, names: Iterable[str]) -> None:
             runs = {".".join(name[i : i + parts]) for name in split for i in range(len(name) - parts + 1)}
             nearest = difflib.get_close_matches(entry, sorted(runs or names), n=1, cutoff=0)
             raise ValueError(
-                f"`modules_to_not_convert` names what no module of the model is called, {entry!r}. The nearest name "
+                f"`modules_to_not_convert` names what nothing in the model is called, {entry!r}. The nearest name "
                 f"is {nearest[0]!r}. Pass names of modules, parts of them between dots such as 'layers.0' or "
                 "'mlp.down_proj', or regular expressions for names from their start, such as '.*down_proj'."
             )
