@@ -689,6 +689,11 @@ class TestEditedConfiguration:
         ):
             AutoModelForCausalLM.from_pretrained(folder)
 
+    @pytest.mark.parametrize("file", ["another text", 3, None, ["x"], FILE])
+    def test_file_of_weights_that_is_none(self, saved, folder, file):
+        edit_config(folder, lambda config: config.update(transformers_weights=file))
+        assert_same(AutoModelForCausalLM.from_pretrained(folder), saved[0])
+
     @pytest.mark.parametrize("references", [[], ["x"], {"AutoModel": None}])
     def test_code_that_is_not_named(self, saved, folder, references):
         edit_config(folder, lambda config: config.update(auto_map=references))

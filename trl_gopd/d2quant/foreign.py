@@ -40,8 +40,10 @@ WEIGHTS_MESSAGE = "packed by D2Quant, run `import trl_gopd` first, or pass `trus
 
 
 def allow_loading(config: "PreTrainedConfig") -> None:
-    """Takes the entry that stops other processes out of a configuration that was loaded."""
-    if getattr(config, WEIGHTS_ENTRY, None) == WEIGHTS_MESSAGE:
+    """Takes the entry that stops other processes out of a configuration that was loaded, also if it is damaged."""
+    file = getattr(config, WEIGHTS_ENTRY, None)
+    is_file = isinstance(file, str) and file.endswith((".safetensors", ".safetensors.index.json"))
+    if hasattr(config, WEIGHTS_ENTRY) and not is_file:
         delattr(config, WEIGHTS_ENTRY)
 
 
