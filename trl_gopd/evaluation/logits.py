@@ -6,7 +6,7 @@ function that returns the hidden states of that chunk. Everything that a model f
 as scaling or soft-capping, is therefore applied here as well.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,11 +74,16 @@ def logits_in_chunks(model: PreTrainedModel, input_ids: Tensor, chunk_size: int)
         yield logits[0].float()
 
 
-def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Returns the logits `(B, T, V)` of last hidden states `(B, T, hidden_size)`. Gradients flow to the states."""
+def head_logits(model: PreTrainedModel, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
+    """
+    Returns the logits `(B, T, V)` of last hidden states `(B, T, hidden_size)`. Gradients flow to the states. If `head`
+    is given, it computes in the place of the model's own.
+    """
     ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     # This output class has more fields than the others: the head of a mixture of experts also reads router logits.
-    with _backbone_returning(model, MoeModelOutputWithPast(last_hidden_state=hidden)):
+    own = model.get_output_embeddings()
+    forwards = {} if head is None else {own: head.forward}
+    with _backbone_returning(model, MoeModelOutputWithPast(last_hidden_state=hidden)), _forwards(forwards):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits
 
@@ -87,27 +92,32 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def _backbone_returning(model: PreTrainedModel, output: Any) -> Iterator[None]:
     """Context manager within which the backbone of `model` returns `output` instead of running."""
     # The causal models of OPT and BART call the decoder inside the backbone; all other models call the backbone.
-    modules = {id(module): module for module in (model.base_model, model.get_decoder())}.values()
-    own = [
-        (module, vars(module).get("forward")) for module in modules
-    ]  # accelerate's hooks set `forward` on the instance
     calls = []
 
     def forward(*_: Any, **__: Any) -> Any:
         calls.append(True)
         return output
 
-    try:
-        for module in modules:
-            module.forward = forward
+    with _forwards(dict.fromkeys((model.base_model, model.get_decoder()), forward)):
         yield
-    finally:
-        for module, before in own:
-            del module.forward
-            if before is not None:
-                module.forward = before
     if not calls:
         raise TypeError(
             f"`model` must call its backbone before its head, and {type(model).__name__} does not. Pass a causal "
             "language model of transformers."
         )
+
+
+@contextmanager
+def _forwards(forwards: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """Context manager within which modules compute other functions."""
+    # accelerate's hooks set `forward` on the instance
+    before = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, own in before.items():
+            del module.forward
+            if own is not None:
+                module.forward = own
