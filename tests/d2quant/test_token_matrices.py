@@ -110,6 +110,7 @@ class TestTransformers:
             assert torch.equal(logits(model), want)
         else:
             assert logits(model).dtype == torch.bfloat16
+            assert model.lm_head.weight_scale.dtype == model.model.embed_tokens.weight_scale.dtype == torch.float16
         model.save_pretrained(tmp_path)
         assert_shared(AutoModelForCausalLM.from_pretrained(tmp_path), tied)
 

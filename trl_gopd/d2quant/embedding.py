@@ -5,13 +5,16 @@ The tensors are those of a [`~trl_gopd.d2quant.linear.D2QuantLinear`], so that a
 a token is a column of the packed words, a row of the weight that they stand for.
 """
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 from .grids import Grid, QuantizedWeight
 from .kernels import dequantize
 from .kernels.packed import Packed
-from .linear import D2QuantLinear
+from .linear import D2QuantLinear, moving
 from .packing import unpack_rows
 
 
@@ -94,6 +97,11 @@ class D2QuantEmbedding(nn.Embedding):
         """Maps token ids of any shape `(...)` to rows `(..., embedding_dim)`."""
         rows = look_up(self.packed, input.flatten()).to(self.embed_scale.dtype)
         return rows.mul_(self.embed_scale).view(*input.shape, self.embedding_dim)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As that of a packed linear, whose scales these may be: `embed_scale` is cast, and they keep their dtype."""
+        super()._apply(moving(fn, self.weight_scale), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
