@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_gopd.cli.quantize import main
 from trl_gopd.d2quant.linear import D2QuantLinear
+from trl_gopd.d2quant.quantize import quantize_model
 
 
 ARGUMENTS = ["--group-size", "16", "--num-samples", "4", "--seq-length", "32", "--set", "tune_epochs=1"]
@@ -50,6 +51,19 @@ class TestQuantize:
         assert (tmp_path / "r.png").exists()
         with torch.no_grad():
             assert model(torch.arange(8)[None]).logits.isfinite().all()
+
+    @pytest.mark.parametrize("offload", ["cpu", "disk"])
+    def test_blocks_are_brought_to_the_device(self, models, tmp_path, text, offload, monkeypatch):
+        seen = []
+
+        def quantize(model, tokenizer, config):
+            seen.append((model.device.type, config.device, config.offload))
+            return quantize_model(model, tokenizer, config)
+
+        monkeypatch.setattr("trl_gopd.d2quant.quantize.quantize_model", quantize)
+        monkeypatch.setattr("trl_gopd.cli.quantize.torch_device", lambda parser, name: name or "cpu:0")
+        run(models / "student", "-o", tmp_path / "out", "--dataset", text, "--offload", offload, *ARGUMENTS)
+        assert seen == [("cpu", "cpu:0", offload)]
 
     @pytest.mark.parametrize("name", ["/no/model", "./no_model", "a/b/c"])
     def test_model_that_is_not_there(self, tmp_path, name, capsys):

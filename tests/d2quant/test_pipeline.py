@@ -110,6 +110,14 @@ class TestQuantizeModel:
         torch.testing.assert_close(read_out(streams["quantized"]), logits(model), rtol=0, atol=1e-4)
         torch.testing.assert_close(read_out(streams["full"]), before, rtol=0, atol=1e-4)
 
+    @pytest.mark.parametrize("settings", [{"offload": "cpu"}, {"offload": "disk"}, {"report_errors": False}])
+    def test_where_streams_wait_and_what_is_reported_changes_no_bit(self, model, tokenizer, tmp_path, settings):
+        other, own = build_model(tokenizer, seed=1), {"mean_shift": True, "tune_epochs": 1}
+        quantize_model(model, None, config(**own))
+        quantize_model(other, None, config(**own, **settings, work_dir=str(tmp_path)))
+        assert_same(model, other)
+        assert [path.name for path in tmp_path.iterdir()] == [next(tmp_path.glob("*/streams.*")).parent.name]
+
     def test_more_bits_come_closer(self, model, tokenizer):
         before = logits(model)
         errors = []

@@ -62,6 +62,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="dtype of the layers that are not quantized (default: as saved)",
     )
     parser.add_argument("--device", help="torch device, such as cpu or cuda:1 (default: cuda if available, else cpu)")
+    parser.add_argument(
+        "--offload",
+        choices=("cpu", "disk"),
+        help="bring one block at a time to --device; the others wait in CPU memory, or in the files of the model",
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="file for the report in JSON")
     parser.add_argument(
         "--figure", metavar="FILE", type=Path, help="file for the figure of the report: .png, .svg or .pdf"
@@ -89,6 +94,8 @@ def main(arguments: list[str]) -> int:
     device = torch_device(parser, args.device)
     with refusals_in_one_line(parser):
         tokenizer = AutoTokenizer.from_pretrained(args.model)
+        if args.offload is not None:
+            config.device, device = device, "cpu"
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map=device)
         report = quantize_model(model, tokenizer, config)
         save_quantized(model, args.output_dir, tokenizer=tokenizer)
@@ -105,7 +112,7 @@ def _config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> "D2Qua
     """Builds the configuration, and ends the command with an error if a setting is not valid."""
     from trl_gopd.d2quant.config import D2QuantConfig
 
-    names = ("group_size", "dataset", "num_samples", "seq_length", "seed", "work_dir")
+    names = ("group_size", "dataset", "num_samples", "seq_length", "seed", "work_dir", "offload")
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     build = D2QuantConfig if args.preset == "default" else getattr(D2QuantConfig, args.preset)
     try:

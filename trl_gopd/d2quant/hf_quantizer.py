@@ -67,7 +67,9 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if elsewhere:
             raise ValueError(
                 "`device_map` must keep all weights where they are used while a model is quantized, got "
-                f"{' and '.join(sorted(elsewhere))} for some. Use one device, such as 'cpu', or enough of them."
+                f"{' and '.join(sorted(elsewhere))} for some. Use one device, such as 'cpu', or enough of them. To "
+                "quantize block by block on an accelerator that cannot hold the model, use `device_map='cpu'` and "
+                "`D2QuantConfig(device='cuda', offload='disk')`."
             )
 
     def update_attn_implementation(self, config: "PreTrainedConfig") -> "PreTrainedConfig":
@@ -259,8 +261,9 @@ def _describe(model: "PreTrainedModel", config: D2QuantConfig) -> D2QuantConfig:
                 f"the grid {config.grid!r} for {module}. Pass the configuration it was quantized with."
             )
     described = copy.deepcopy(config)
+    defaults = D2QuantConfig()
     for field in RUNTIME_FIELDS:
-        setattr(described, field, None)
+        setattr(described, field, getattr(defaults, field))
     described.modules_to_not_convert = _ends_of_names(linears.keys() - packed.keys(), linears)
     described.bias_modules = _ends_of_names([n for n, m in packed.items() if m.bias is not None], linears)
     described.input_scale_modules = _ends_of_names(
