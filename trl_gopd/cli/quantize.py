@@ -2,8 +2,11 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from trl_gopd.files import written_whole
 
 from .arguments import DTYPES, check_folders, check_models, refusals_in_one_line, torch_device
 
@@ -26,12 +29,32 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value  # so that strings can be given without quotes
 
 
+def _rate(text: str) -> float:
+    """Argparse type of a speed: a positive number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}; try 0.1")
+    return value
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of `trl-gopd quantize`."""
     parser = argparse.ArgumentParser("trl-gopd quantize", description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="folder of the model, or its name on the Hub")
+    parser.add_argument("-o", "--output-dir", metavar="DIR", type=Path, help="folder to save to; new or empty")
     parser.add_argument(
-        "-o", "--output-dir", metavar="DIR", type=Path, required=True, help="folder to save to; new or empty"
+        "--plan",
+        action="store_true",
+        help="print what the run would need and take, from the model's config.json, and quantize nothing",
+    )
+    parser.add_argument(
+        "--tflops",
+        metavar="RATE",
+        type=_rate,
+        help="with --plan: speed of --device in TFLOP/s (default: measured here in a second)",
     )
     parser.add_argument("--preset", choices=PRESETS, default="default", help="set of options to start from (default)")
     parser.add_argument("--bits", type=int, default=2, help="bits of a weight: 2, 3, 4 or 8 (2)")
@@ -80,8 +103,11 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     check_models(parser, {"MODEL": args.model})
     check_folders(parser, {"--output-dir": args.output_dir, "--json": args.json, "--figure": args.figure})
-    if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
-        parser.error(f"--output-dir {args.output_dir}: is there already and not empty; remove it or name another")
+    if args.output_dir is None and not args.plan:
+        parser.error("-o DIR: name a new folder to save to, or pass --plan")
+    out = args.output_dir
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        parser.error(f"--output-dir {out}: is there already and not empty; remove it or name another")
 
     # These imports take seconds, so they come after the checks that do not need them.
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -91,6 +117,8 @@ def main(arguments: list[str]) -> int:
     from trl_gopd.evaluation import storage
 
     config = _config(parser, args)
+    if args.plan:
+        return _print_plan(parser, args, config)
     device = torch_device(parser, args.device)
     with refusals_in_one_line(parser):
         tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -105,6 +133,34 @@ def main(arguments: list[str]) -> int:
         print(note)
     size = storage(model, args.output_dir)
     print(f"{report.seconds:.0f} s; {size.bits_per_weight:.3f} bits a weight; wrote {args.output_dir}")
+    return 0
+
+
+def _print_plan(parser: argparse.ArgumentParser, args: argparse.Namespace, config: "D2QuantConfig") -> int:
+    """Prints the plan. The device need not be there if its speed is given."""
+    import torch
+    from transformers import AutoConfig
+
+    from trl_gopd.d2quant.plan import plan
+    from trl_gopd.evaluation.resources import flops_per_second
+
+    device = args.device if args.device and args.tflops else torch_device(parser, args.device)
+    if args.offload is not None:
+        config.device = device
+    made = plan(
+        AutoConfig.from_pretrained(args.model),
+        config,
+        loaded_on=device if args.offload is None else "cpu",
+        dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+    )
+    dtypes = (getattr(torch, made.dtype), torch.float32)
+    speeds = [flops_per_second(device, dtype) if args.tflops is None else 1e12 * args.tflops for dtype in dtypes]
+    print("\n".join(made.lines()))
+    stated = " and ".join(f"{speed / 1e12:.3g}" for speed in dict.fromkeys(speeds))
+    print(f"About {made.seconds(*speeds):.0f} s at {stated} TFLOP/s, within a factor of two.")
+    if args.json:
+        with written_whole(args.json) as part:
+            part.write_text(json.dumps(asdict(made) | {"seconds": made.seconds(*speeds)}, indent=1) + "\n")
     return 0
 
 
