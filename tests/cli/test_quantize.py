@@ -65,6 +65,43 @@ class TestQuantize:
         run(models / "student", "-o", tmp_path / "out", "--dataset", text, "--offload", offload, *ARGUMENTS)
         assert seen == [("cpu", "cpu:0", offload)]
 
+    def test_plan_is_printed_and_nothing_is_quantized(self, models, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **options: 1 / 0)
+        report = tmp_path / "plan.json"
+        run(
+            models / "student",
+            "--plan",
+            "--offload",
+            "disk",
+            "--device",
+            "cuda:3",
+            "--tflops",
+            "0.5",
+            *ARGUMENTS,
+            "--json",
+            report,
+        )
+        told = capsys.readouterr().out
+        assert "on cuda:3" in told and "mlp.down_proj: rounding" in told
+        assert "s at 0.5 TFLOP/s, within a factor of two." in told
+        made = json.loads(report.read_text())
+        assert made["device"] == "cuda:3" and made["seconds"] > 0
+        assert made["phases"][0]["disk"]["hidden states"] == 3 * 4 * 32 * 32 * 4
+        assert list(tmp_path.iterdir()) == [report]
+
+    def test_plan_measures_the_speed(self, models, capsys, monkeypatch):
+        monkeypatch.setattr("trl_gopd.evaluation.resources.flops_per_second", lambda device, dtype: 2e12)
+        run(models / "student", "--plan", "--device", "cpu", "--dtype", "bfloat16", *ARGUMENTS)
+        assert "s at 2 TFLOP/s" in capsys.readouterr().out
+
+    def test_folder_is_needed_without_a_plan(self, models, capsys):
+        assert "-o DIR: name a new folder to save to, or pass --plan" in refuse(capsys, models / "student")
+
+    @pytest.mark.parametrize("speed", ["0", "-1", "nan", "fast"])
+    def test_speed_that_is_not(self, models, speed, capsys):
+        told = refuse(capsys, models / "student", "--plan", f"--tflops={speed}")
+        assert f"must be a number above 0, got '{speed}'; try 0.1" in told
+
     @pytest.mark.parametrize("name", ["/no/model", "./no_model", "a/b/c"])
     def test_model_that_is_not_there(self, tmp_path, name, capsys):
         told = refuse(capsys, name, "-o", tmp_path / "out")

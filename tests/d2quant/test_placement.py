@@ -72,6 +72,20 @@ class TestPlacement:
             assert all(places(block) == {"cpu"} for block in model.model.layers)
         assert places(model) == {"cpu"}
 
+    def test_everything_comes_back_if_the_device_has_no_room(self, model, placement, monkeypatch):
+        to, moved = torch.Tensor.to, []
+
+        def full(tensor, device, *args, **kwargs):
+            if device == META and len(moved) == 2:
+                raise RuntimeError("out of memory")
+            moved.append(device)
+            return to(tensor, device, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, "to", full)
+        with pytest.raises(RuntimeError, match="out of memory"), placement:
+            pass
+        assert places(model) == {"cpu"}
+
     def test_tied_weights_stay_tied(self, model):
         model.lm_head.weight = model.model.embed_tokens.weight
         with Placement(model, list(model.model.layers), META, CPU):

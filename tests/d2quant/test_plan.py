@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,6 +145,16 @@ class TestPlan:
         assert "hidden states" not in full.host and "model" not in full.device
         # It fits an accelerator of 24 GB, whatever the number of blocks.
         assert made.device_bytes < 24e9
+
+    @pytest.mark.slow
+    def test_documented_sizes_are_those_of_the_plan(self):
+        large = LlamaConfig(**LARGE.to_dict() | {"num_hidden_layers": 80})
+        page = (Path(__file__).parents[2] / "docs" / "large_models.md").read_text(encoding="utf-8")
+        for name, epochs in (("`tune_epochs=0`", 0), ("with the tuning", 3)):
+            settings = {"num_samples": 128, "seq_length": 2048, "device": "cuda", "offload": "disk"}
+            made = plan(large, D2QuantConfig(**settings, tune_epochs=epochs))
+            sizes = (made.device_bytes, made.host_bytes, made.disk_bytes, made.mapped_bytes)
+            assert f"| {name} | {' | '.join(f'{size / 2**30:.1f} GiB' for size in sizes)} |" in page
 
     def test_where_the_model_is_loaded_is_where_it_stays(self):
         there = plan(LARGE, D2QuantConfig(tune_epochs=0), loaded_on="cuda")

@@ -69,14 +69,21 @@ class Placement:
         return cls(model, [block.module for block in topology.blocks], device, waiting)
 
     def __enter__(self) -> Self:
-        _move(self._outside, self.device)
-        for block in self.blocks:
-            _move(block.modules(), self.waiting)
+        try:
+            _move(self._outside, self.device)
+            for block in self.blocks:
+                _move(block.modules(), self.waiting)
+        except BaseException:  # such as no memory on the device
+            self._move_back()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._move_back()
+
+    def _move_back(self) -> None:
         _move(self._outside, self._origin)
         for block in self.blocks:
             _move(block.modules(), self._origin)
