@@ -90,40 +90,39 @@ class TestAgainstRuns:
     @pytest.mark.parametrize("offload", [None, "disk"])
     def test_memory_of_the_process(self, offload):
         """
-        Resident memory while the first blocks of SmolLM2 are quantized, of which pages of the checkpoint's file are a
-        part. The hidden states and the inputs of all windows are what the first block adds, and most of it all.
+        Resident memory while the first two blocks of SmolLM2 are quantized, of which pages of the checkpoint's file
+        are a part. The hidden states and the inputs of all windows, which the first block adds, are most of the rest.
         """
         code = """
 import json, sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl_gopd import D2QuantConfig, quantize_model
+from trl_gopd.d2quant import pipeline
 from trl_gopd.d2quant.plan import plan
 from trl_gopd.demo.smollm2 import smollm2_path
 from trl_gopd.evaluation import measure
-settings = {"clip": False, "iterations": 0, "tune_epochs": 0, "offload": json.loads(sys.argv[1])}
-model_config = AutoConfig.from_pretrained(smollm2_path())
-with torch.device("meta"):
-    names = [name for name, _ in AutoModelForCausalLM.from_config(model_config).named_modules()]
-blocks = tuple(f"model.layers.{index}." for index in range(BLOCKS))
-dense = [name for name in names if name.endswith("_proj") and not name.startswith(blocks)]
 tokens = torch.randint(0, 49152, (16, 512), generator=torch.Generator().manual_seed(0))
-config = D2QuantConfig(**settings, modules_to_not_convert=dense, dataset=tokens)
-made = plan(model_config, config)
+config = D2QuantConfig(dataset=tokens, tune_epochs=0, offload=json.loads(sys.argv[1]))
+made = plan(AutoConfig.from_pretrained(smollm2_path()), config)
+left, quantize_block = [True, True], pipeline.quantize_block
+pipeline.quantize_block = lambda *args: left.pop() and quantize_block(*args)
 with measure() as before:
     model = AutoModelForCausalLM.from_pretrained(smollm2_path())
-with measure() as used:
-    quantize_model(model, None, config)
-peak = used.peak_memory_bytes - before.peak_memory_bytes
-print(json.dumps([peak, made.host_bytes, made.disk_bytes, made.mapped_bytes]))
+try:
+    with measure() as used:
+        quantize_model(model, None, config)
+except IndexError:
+    peak = used.peak_memory_bytes - before.peak_memory_bytes
+    print(json.dumps([peak, made.host_bytes, made.disk_bytes, made.mapped_bytes]))
 """
-        command = [sys.executable, "-c", code.replace("BLOCKS", "3"), json.dumps(offload)]
+        command = [sys.executable, "-c", code, json.dumps(offload)]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-3000:]
         peak, host, disk, mapped = json.loads(done.stdout.splitlines()[-1])
         assert (disk > 0) is (offload == "disk")
-        # Pages of mapped files are resident too, as long as the system has memory to spare. The 5 % of the model are
-        # code and tables that a first use brings into memory, and what the allocator cannot give back.
-        assert 0.9 * (host + disk + mapped) <= peak <= host + disk + 1.05 * mapped
+        # Pages of mapped files are resident too, as long as the system has memory to spare. A quarter of the rest is for
+        # freed memory between tensors in use, which the allocator gives back once a block is done.
+        assert 0.9 * (host + disk + mapped) <= peak <= 1.25 * (host + disk) + mapped
         assert peak <= 1.5 * mapped
 
 
