@@ -120,7 +120,7 @@ except IndexError:
         assert done.returncode == 0, done.stderr[-3000:]
         peak, host, disk, mapped = json.loads(done.stdout.splitlines()[-1])
         assert (disk > 0) is (offload == "disk")
-        # Pages of mapped files are resident too, as long as the system has memory to spare. A quarter of the rest is for
+        # Pages of mapped files are resident too, as long as the system has memory to spare. A quarter of the rest is
         # freed memory between tensors in use, which the allocator gives back once a block is done.
         assert 0.9 * (host + disk + mapped) <= peak <= 1.25 * (host + disk) + mapped
         assert peak <= 1.5 * mapped

@@ -21,6 +21,15 @@ FORMAT_VERSION = 2
 ROUNDINGS = ("rtn", "gptq", "gptaq")
 ROTATIONS = (None, "full", "group")
 OFFLOADS = (None, "cpu", "disk")
+BOOLEANS = (
+    "act_group_aware",
+    "hessian_weights",
+    "clip",
+    "column_scale",
+    "mean_shift",
+    "shift_shrink",
+    "report_errors",
+)
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 # Fields that are only needed while quantizing. They are not copied by `deepcopy`, and not written to `config.json`.
@@ -126,14 +135,11 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         device (`str` or `torch.device`, *optional*):
-            Where blocks are quantized. Each is brought there for its turn and goes back, so that one block and its
-            statistics are there at a time, beside the embeddings and the head. By default blocks are quantized where
-            they are. Afterwards the model is where it was.
+            Where blocks are quantized: each comes there for its turn and goes back. By default, where they are.
         offload (`str`, *optional*):
-            Where what is not in use waits. `"cpu"`: blocks and hidden states in CPU memory. `"disk"`: hidden states
-            in files, in `work_dir` or the system's folder for temporary files, and blocks in the files of the
-            checkpoint, which `from_pretrained` maps on the CPU; only packed blocks take up memory. By default blocks
-            wait where the model is, and hidden states in CPU memory.
+            Where what is not in use waits: `"cpu"`, or `"disk"`, with dense blocks in the checkpoint's files, which
+            `from_pretrained` maps on the CPU, and hidden states in files, in `work_dir` or the system's folder for
+            temporary files. By default blocks wait where the model is, and hidden states in CPU memory.
         report_errors (`bool`, *optional*, defaults to `True`):
             Whether the report states how much each linear lost, measured on at most 256 of its rows.
 
@@ -388,10 +394,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"`offload='disk'` leaves weights in their files until they are quantized, and `rotation="
                 f"{self.rotation!r}` changes all of them before. Use `offload='cpu'`, or `rotation=None`."
             )
-        for name in (
-            *("act_group_aware", "hessian_weights", "clip", "column_scale", "mean_shift", "shift_shrink"),
-            "report_errors",
-        ):
+        for name in BOOLEANS:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}. Pass one of the two.")
         for name in ("modules_to_not_convert", "bias_modules", "input_scale_modules", "down_modules"):

@@ -314,7 +314,7 @@ class _Run:
 
     def _rounding_bytes(self, rows: int, columns: int) -> int:
         """Beside H and D: to begin with, while columns are rounded, or while the result is made dense again."""
-        weight, group = rows * columns, min(self.config.group_size, columns)
+        weight, group = rows * columns, min(self.config.group_size_of(columns), columns)
         if self.config.rounding == "rtn":
             return 2 * FLOAT * weight + weight
         lazy = min(LAZY_COLUMNS, group) * columns
@@ -336,7 +336,7 @@ class _Run:
         if self.config.rotation is not None:
             from trl_gopd.d2quant.rotation import CHUNK_ROWS
 
-            size = self.config.group_size if self.config.rotation == "group" else self.hidden_size
+            size = self.config.rotation_size or self.hidden_size
             longest = max([self.vocab_size, *(rows for b in self.blocks for s in b.stages.values() for rows, _ in s)])
             rows = {"rows in float64": 3 * 8 * min(CHUNK_ROWS, longest) * self.hidden_size}
             flops = 2.0 * size * (self.model_bytes / self.number)
