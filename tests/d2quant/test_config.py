@@ -157,7 +157,7 @@ class TestErrors:
             D2QuantConfig(bits, **{field: "bitplane"})
 
     def test_rotation_of_weights_that_stay_on_the_disk_is_refused(self):
-        with pytest.raises(ValueError, match=r"`rotation='group'` changes all of them before. Use `offload='cpu'`"):
+        with pytest.raises(ValueError, match=r"`rotation='group'` changes all of them. Use `offload='cpu'`"):
             D2QuantConfig.paper(offload="disk")
 
     def test_unknown_keyword_is_refused(self):

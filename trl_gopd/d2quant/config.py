@@ -20,16 +20,6 @@ QUANT_METHOD = "d2quant"
 FORMAT_VERSION = 2
 ROUNDINGS = ("rtn", "gptq", "gptaq")
 ROTATIONS = (None, "full", "group")
-OFFLOADS = (None, "cpu", "disk")
-BOOLEANS = (
-    "act_group_aware",
-    "hessian_weights",
-    "clip",
-    "column_scale",
-    "mean_shift",
-    "shift_shrink",
-    "report_errors",
-)
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 # Fields that are only needed while quantizing. They are not copied by `deepcopy`, and not written to `config.json`.
@@ -137,9 +127,8 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         device (`str` or `torch.device`, *optional*):
             Where blocks are quantized: each comes there for its turn and goes back. By default, where they are.
         offload (`str`, *optional*):
-            Where what is not in use waits: `"cpu"`, or `"disk"`, with dense blocks in the checkpoint's files, which
-            `from_pretrained` maps on the CPU, and hidden states in files, in `work_dir` or the system's folder for
-            temporary files. By default blocks wait where the model is, and hidden states in CPU memory.
+            Where what is not in use waits: `"cpu"`, or `"disk"`: dense blocks in the checkpoint's mapped files, hidden
+            states in files in `work_dir` or the temporary folder. By default, where the model is, and on the CPU.
         report_errors (`bool`, *optional*, defaults to `True`):
             Whether the report states how much each linear lost, measured on at most 256 of its rows.
 
@@ -388,13 +377,14 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 "does."
             )
         self._check_integer("seed", 0, "Use 0.")
-        self._check_choices("offload", OFFLOADS)
+        self._check_choices("offload", (None, "cpu", "disk"))
         if self.offload == "disk" and self.rotation is not None:
             raise ValueError(
-                f"`offload='disk'` leaves weights in their files until they are quantized, and `rotation="
-                f"{self.rotation!r}` changes all of them before. Use `offload='cpu'`, or `rotation=None`."
+                f"`offload='disk'` leaves weights in files, and `rotation={self.rotation!r}` changes all of them. "
+                "Use `offload='cpu'`, or `rotation=None`."
             )
-        for name in BOOLEANS:
+        corrections = ("column_scale", "mean_shift", "shift_shrink")
+        for name in ("act_group_aware", "hessian_weights", "clip", *corrections, "report_errors"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}. Pass one of the two.")
         for name in ("modules_to_not_convert", "bias_modules", "input_scale_modules", "down_modules"):
