@@ -221,7 +221,7 @@ class TestQuantizeModel:
     def test_windows_of_text_begin_as_the_configuration_says(self, model, monkeypatch, add_bos_token):
         tokenizer, seen = build_bos_tokenizer(), []
         record = BlockCalls.record
-        monkeypatch.setattr(BlockCalls, "record", lambda *given: seen.append(given[-1]) or record(*given))
+        monkeypatch.setattr(BlockCalls, "record", lambda *given: seen.append(given[2]) or record(*given))
         text = ["some words, and then others " * 20]
         quantize_model(model, tokenizer, config(dataset=text, add_bos_token=add_bos_token, rounding="rtn"))
         assert (seen[0][:, 0] == tokenizer.bos_token_id).all() == (add_bos_token is None)
