@@ -5,7 +5,7 @@ quantized; how a block is run on them, and what its linears read meanwhile.
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl_gopd.d2quant.finite import is_finite
+from trl_gopd.d2quant.store import Store
 from trl_gopd.d2quant.topology import Block, Topology
 
 
@@ -23,7 +24,7 @@ class _Stop(Exception):
 @dataclass
 class Streams:
     """
-    Hidden states of each calibration window, `(1, tokens, hidden_size)` on the CPU.
+    Hidden states of each calibration window, `(1, tokens, hidden_size)` on the CPU, in memory or mapped from a file.
 
     Args:
         start (`list[torch.Tensor]`): before the first block, as the quantized model computes it.
@@ -56,14 +57,18 @@ class BlockCalls:
         model ([`~transformers.PreTrainedModel`]): the model.
         first_block (`torch.nn.Module`): its first decoder block.
         arguments (`dict`): positional and keyword arguments of each block but the hidden states, by its name.
+        store ([`~trl_gopd.d2quant.store.Store`]): where streams and captured inputs are kept.
     """
 
     model: PreTrainedModel
     first_block: nn.Module
     arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
+    store: Store = field(default_factory=Store)
 
     @classmethod
-    def record(cls, model: PreTrainedModel, topology: Topology, windows: Tensor) -> "BlockCalls":
+    def record(
+        cls, model: PreTrainedModel, topology: Topology, windows: Tensor, store: Store | None = None
+    ) -> "BlockCalls":
         """Records masks, positions and the like in one pass. All windows have one length, and so the same."""
         arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
@@ -78,11 +83,11 @@ class BlockCalls:
                 handle = block.module.register_forward_pre_hook(hook_for(block.name), with_kwargs=True)
                 hooks.callback(handle.remove)
             model.base_model(windows[:1].to(model.device), use_cache=False)
-        return cls(model, topology.blocks[0].module, arguments)
+        return cls(model, topology.blocks[0].module, arguments, store=store or Store())
 
     def first(self, window: Tensor) -> Tensor:
-        """Hidden states `(1, tokens, hidden_size)` that enter the first block, on the CPU."""
-        return input_of(self.model, self.first_block, window).cpu()
+        """Hidden states `(1, tokens, hidden_size)` that enter the first block, kept in the store."""
+        return self.store.keep(input_of(self.model, self.first_block, window))
 
     def run(self, block: Block, hidden: Tensor) -> Tensor:
         """Output of a block, `(1, tokens, hidden_size)` on the block's device."""
@@ -94,14 +99,14 @@ class BlockCalls:
         return output
 
     def move(self, block: Block, stream: list[Tensor]) -> None:
-        """Replaces what enters a block, window by window, by what leaves it, on the same device."""
+        """Replaces what enters a block, window by window, by what leaves it, kept in the store."""
         for index, hidden in enumerate(stream):
-            stream[index] = self.run(block, hidden).to(hidden.device)
+            stream[index] = self.store.keep(self.run(block, hidden))
 
     def run_and_capture(self, block: Block, hidden: Tensor, names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
         """
-        Inputs `(tokens, features)` of the linears `names`, and the block's output, on the device of `hidden`. A linear
-        that the block calls more than once has the tokens of all calls, and one that it does not call is missing.
+        Inputs `(tokens, features)` of the linears `names`, and the block's output, kept in the store. A linear that
+        the block calls more than once has the tokens of all calls, and one that it does not call is missing.
         """
         captured: dict[str, Tensor] = {}
 
@@ -116,12 +121,12 @@ class BlockCalls:
             for name in names:
                 hooks.callback(block.linear(name).register_forward_pre_hook(hook_for(name)).remove)
             output = self.run(block, hidden)
-        return {name: rows.to(hidden.device) for name, rows in captured.items()}, output.to(hidden.device)
+        return self.store.keep_all(captured), self.store.keep(output)
 
     def capture_input(self, block: Block, hidden: Tensor, name: str) -> Tensor | None:
         """
-        Input `(tokens, features)` of the linear `name` when the block first calls it, on the device of `hidden`, or
-        `None` if the block does not call it. What comes after that call is not computed.
+        Input `(tokens, features)` of the linear `name` when the block first calls it, on the block's device, or `None`
+        if the block does not call it. What comes after that call is not computed.
         """
         captured: list[Tensor] = []
 
@@ -133,7 +138,7 @@ class BlockCalls:
         try:
             self.run(block, hidden)
         except _Stop:
-            return captured[0].to(hidden.device)
+            return captured[0]
         finally:
             handle.remove()
         return None
