@@ -259,7 +259,7 @@ class TestQuantizeModel:
         ).eval()
         report = quantize_model(llama, None, config(tune_epochs=2))
         assert len(packed(llama)) == 7
-        assert report.tuning_kl[-1] < report.tuning_kl[0]
+        assert report.refinement.training[-1] < report.refinement.training[0]
 
     def test_modes_and_gradients_are_given_back(self, model):
         model.train()
@@ -361,7 +361,7 @@ class TestResume:
         quantize_model(model, None, config(work_dir=str(tmp_path)))
         monkeypatch.setattr(pipeline, "quantize_block", None)
         report = quantize_model(build_model(tokenizer, seed=1), None, config(work_dir=str(tmp_path), tune_epochs=1))
-        assert len(report.tuning_kl) == 1
+        assert len(report.refinement.training) == 1
 
     def test_weights_elsewhere_are_refused(self, model, tmp_path, monkeypatch):
         monkeypatch.setattr(workdir, "parameters_digest", lambda tensors: None)

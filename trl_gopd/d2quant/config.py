@@ -95,11 +95,15 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             Hadamard rotation of the residual stream, applied before quantizing: `"full"` mixes all channels, `"group"`
             mixes each run of `group_size` channels, which must divide the hidden size. Tied embeddings are untied.
         tune_epochs (`int`, *optional*, defaults to `3`):
-            Number of passes over the calibration tokens in which scales, norms and biases of all blocks are trained on
-            the token distributions of the full-precision model. 0 skips this tuning.
+            Number of passes over the calibration tokens in which codes, scales, norms and biases of all blocks are
+            trained on the token distributions of the full-precision model. 0 skips this refinement. One window in
+            eight is held out, at most eight, and the state that is best there is kept.
         tune_learning_rate (`float`, *optional*):
             Learning rate of the tuning, relative to the mean magnitude of each tensor. By default it is 1e-2 at 2
             bits, and 5e-3 above, where larger rates overfit the calibration text.
+        tune_codes (`float`, *optional*, defaults to `0.5`):
+            How far the latent value of a code moves in all steps together, if all its gradients agree, in codes. A
+            code changes after half a code. 0 trains scales, norms and biases only; bit-planes always do.
 
     > Parameters that control calibration
 
@@ -189,6 +193,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         rotation: str | None = None,
         tune_epochs: int = 3,
         tune_learning_rate: float | None = None,
+        tune_codes: float = 0.5,
         dataset: Any = None,
         tokenizer: Any = None,
         num_samples: int = 16,
@@ -229,6 +234,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.rotation = rotation
         self.tune_epochs = tune_epochs
         self.tune_learning_rate = (1e-2 if bits == 2 else 5e-3) if tune_learning_rate is None else tune_learning_rate
+        self.tune_codes = tune_codes
         self.dataset = dataset
         self.tokenizer = tokenizer
         self.num_samples = num_samples
@@ -378,6 +384,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self._check_choices("rotation", ROTATIONS)
         self._check_integer("tune_epochs", 0, "0 leaves the tuning out.")
         self._check_number("tune_learning_rate", 0, math.inf, "Use 1e-2.", open_start=True)
+        self._check_number("tune_codes", 0, 16, "Use 0.5; 0 keeps the codes.")
         self._check_integer("num_samples", 1, "GPTQ uses 128.")
         # A single token has nothing to predict and nothing to attend to.
         self._check_integer("seq_length", 2, "GPTQ uses 2048.")

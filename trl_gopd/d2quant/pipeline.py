@@ -20,6 +20,7 @@ from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.finite import check_finite
 from trl_gopd.d2quant.placement import Placement
 from trl_gopd.d2quant.recording import evaluation_mode
+from trl_gopd.d2quant.refine import refine
 from trl_gopd.d2quant.report import Report
 from trl_gopd.d2quant.rotation import fuse_norms, rotate
 from trl_gopd.d2quant.stages import quantize_block, stage_statistics
@@ -27,7 +28,6 @@ from trl_gopd.d2quant.store import Store
 from trl_gopd.d2quant.streams import BlockCalls, Streams, check_stream, input_of
 from trl_gopd.d2quant.token_matrices import NEAREST_BITS, TokenMatrices, chosen_token_matrices, pack_token_matrices
 from trl_gopd.d2quant.topology import Topology
-from trl_gopd.d2quant.tuning import tune
 from trl_gopd.d2quant.workdir import WorkDir, fingerprint
 from trl_gopd.evaluation.resources import return_freed_memory
 
@@ -83,7 +83,7 @@ def quantize_blocks(model: PreTrainedModel, tokenizer: Any, config: D2QuantConfi
         if config.tune_epochs:
             streams.quantized.clear()
             with placement.all_blocks():
-                report.tuning_kl = tune(
+                report.refinement = refine(
                     model,
                     topology,
                     calls,

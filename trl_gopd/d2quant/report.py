@@ -49,6 +49,23 @@ class BlockReport:
 
 
 @dataclass
+class Refinement:
+    """
+    What the refinement did. Losses are in nats a token; for a model without a head they are squared errors of the
+    final hidden states, relative to their mean square.
+
+    Args:
+        training (`list[float]`): mean loss of each epoch over the windows trained on, each before its step.
+        held_out (`list[float]`): loss on the windows held out, before the training and after each epoch.
+        changed_codes (`float`): share of the codes that differ from those of the rounding.
+    """
+
+    training: list[float] = field(default_factory=list)
+    held_out: list[float] = field(default_factory=list)
+    changed_codes: float = 0.0
+
+
+@dataclass
 class Report:
     """
     What a run did.
@@ -58,7 +75,7 @@ class Report:
         linears (`list[LinearReport]`): one for each quantized linear, in order.
         shift_explained (`dict[str, float]`): per block, the share of the deviation's energy that DAC's mean removed.
         notes (`list[str]`): what was left in full precision or not corrected, and why.
-        tuning_kl (`list[float]`): KL to the full-precision model in nats a token, mean of each epoch of the tuning.
+        refinement ([`Refinement`], *optional*): losses of the refinement; `None` without one.
         seconds (`float`): of the whole run.
     """
 
@@ -66,7 +83,7 @@ class Report:
     linears: list[LinearReport] = field(default_factory=list)
     shift_explained: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    tuning_kl: list[float] = field(default_factory=list)
+    refinement: Refinement | None = None
     seconds: float = 0.0
 
     def add(self, block_name: str, block_report: BlockReport) -> None:

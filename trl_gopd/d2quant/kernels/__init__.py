@@ -92,7 +92,7 @@ class _QuantizedLinear(torch.autograd.Function):
         if grad_scales is not None:
             for rows, offsets, scales in _slices(packed):
                 sums = torch.empty_like(scales)
-                for part, total in _by_group(offsets * (grad[:, rows].T @ x), sums, packed.group_size):
+                for part, total in by_group(offsets * (grad[:, rows].T @ x), sums, packed.group_size):
                     total.copy_(part.sum(-1, keepdim=True))
                 grad_scales[..., rows] = sums.mT.view_as(grad_scales[..., rows])
                 if grad_x is not None:
@@ -148,19 +148,19 @@ def _slices(packed: Packed) -> Iterator[tuple[slice, Tensor, Tensor]]:
         if grid == "midrise":
             offsets -= (2**bits - 1) / 2
         if zero_points is not None:
-            for part, zero_point in _by_group(offsets, zero_points[rows], group_size):
+            for part, zero_point in by_group(offsets, zero_points[rows], group_size):
                 part -= zero_point
         yield rows, offsets, scales[:, rows]
 
 
 def _rebuild(offsets: Tensor, scales: Tensor, group_size: int) -> Tensor:
     """Rows of the weight, `(rows, in_features)`. Overwrites `offsets`."""
-    for part, scale in _by_group(offsets, scales, group_size):
+    for part, scale in by_group(offsets, scales, group_size):
         part *= scale
     return offsets[0] if len(offsets) == 1 else offsets.sum(0)
 
 
-def _by_group(matrix: Tensor, parameters: Tensor, group_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def by_group(matrix: Tensor, parameters: Tensor, group_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """
     Yields views of `matrix (..., in_features)` as `(..., groups, columns)` and of `parameters (..., groups)` as
     `(..., groups, 1)`: first of the whole groups, then of a shorter last one.
