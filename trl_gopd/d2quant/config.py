@@ -97,7 +97,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         tune_epochs (`int`, *optional*, defaults to `3`):
             Number of passes over the calibration tokens in which codes, scales, norms and biases of all blocks are
             trained on the token distributions of the full-precision model. 0 skips this refinement. One window in
-            eight is held out, at most eight, and the state that is best there is kept.
+            sixteen is held out, at most eight, and the state that is best there is kept.
         tune_learning_rate (`float`, *optional*):
             Learning rate of the tuning, relative to the mean magnitude of each tensor. By default it is 1e-2 at 2
             bits, and 5e-3 above, where larger rates overfit the calibration text.

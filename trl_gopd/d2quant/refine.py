@@ -43,8 +43,9 @@ if TYPE_CHECKING:
 
 BETAS = (0.9, 0.95)
 WARMUP_STEPS = 4
-# One window in so many is held out of the training, and at most so many.
-HELD_OUT_SHARE = 8
+# One window in so many is held out of the training, and at most so many. Fewer windows are all trained on, and the best
+# state is that with the smallest loss on them.
+HELD_OUT_SHARE = 16
 HELD_OUT_MOST = 8
 
 
