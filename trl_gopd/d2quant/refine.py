@@ -6,9 +6,9 @@ are packed, what they hold is therefore trained on
 
     KL(p_full ‖ p_quantized), mean over the calibration tokens.
 
-Scales, norms and biases follow Adam. A code q ∈ {0, …, 2^b − 1} of a weight s·(q − z) has a latent value u and is
-`round(u)`; the rounding is taken as the identity in the backward pass (straight-through), so `∂L/∂u = s · ∂L/∂w`, and u
-moves by a fixed step along the sign of it, as in [SignRound](https://huggingface.co/papers/2309.05516). A code changes
+Scales, norms and biases follow Adam. A code q ∈ {0, …, 2^b − 1} of a weight s·(q − z) has a latent value u, and is
+`round(u)`. The backward pass takes the rounding as the identity (straight-through), so `∂L/∂u = s · ∂L/∂w`, and u
+moves by a fixed step against its sign, as in [SignRound](https://huggingface.co/papers/2309.05516). A code changes
 only where the gradients of many windows agree. No parameter is added to the checkpoint: an absorbed column scale (DSQ)
 scales the rows of `up_proj` and a folded shift (DAC) is a bias, so both are among what is trained.
 
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
 BETAS = (0.9, 0.95)
 WARMUP_STEPS = 4
-# One window in so many is held out of the training, and at most so many. Fewer windows are all trained on, and the best
-# state is that with the smallest loss on them.
+# One window in so many is held out of the training, and at most so many. Fewer windows are all trained on, and the
+# best state is that with the smallest loss on them.
 HELD_OUT_SHARE = 16
 HELD_OUT_MOST = 8
 
@@ -356,7 +356,7 @@ def _losses(student: _Student, output: Tensor, target: Tensor) -> Iterator[tuple
     vocabulary, only the product with the head needs a graph.
     """
     energy = target.float().square().sum()
-    for part, target_part in zip(output.split(CHUNK, dim=1), target.split(CHUNK, dim=1), strict=True):
+    for part, target_part in zip(torch.split(output, CHUNK, 1), torch.split(target, CHUNK, 1), strict=True):
         if student.topology.lm_head is None:
             difference = part.float() - target_part.float()
             yield float(difference.square().sum() / energy), 2 * difference / energy
@@ -374,7 +374,7 @@ def _losses(student: _Student, output: Tensor, target: Tensor) -> Iterator[tuple
         if not torch.is_grad_enabled():
             yield loss, slope.new_empty(0)
             continue
-        given.backward(slope.to(given.dtype))
+        torch.autograd.backward(given, slope.to(given.dtype))
         assert leaf.grad is not None
         yield loss, leaf.grad
 
@@ -383,8 +383,8 @@ def _backward(student: _Student, start: Tensor, full: Tensor) -> float:
     """Adds the gradients of one window's mean loss, and moves the latents; returns the loss."""
     output, target = _final_states(student, start, full)
     losses, gradients = zip(*_losses(student, output.detach(), target), strict=True)
-    output.backward(torch.cat(gradients, dim=1).to(output.dtype))
-    return sum(losses)
+    torch.autograd.backward(output, torch.cat(gradients, dim=1).to(output.dtype))
+    return float(sum(losses))
 
 
 @torch.no_grad()
