@@ -102,7 +102,7 @@ class TestRefine:
 
     def test_chunks_of_tokens_change_nothing(self, tokenizer, monkeypatch):
         whole, report = quantize(tokenizer, tune_epochs=1)
-        monkeypatch.setattr(refine, "CHUNK", 5)
+        monkeypatch.setattr(refine, "tokens_per_chunk", lambda vocab_size, device: 5)
         chunked, chunked_report = quantize(tokenizer, tune_epochs=1)
         assert chunked_report.refinement.training == pytest.approx(report.refinement.training, rel=1e-4)
 

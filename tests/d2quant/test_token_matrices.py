@@ -394,7 +394,7 @@ class TestCalibration:
         _, report = quantize(build(), embedding_bits=2, tune_epochs=1, tune_learning_rate=1e-12)
         log_p, log_q = logits(build()).log_softmax(-1), logits(rounded).log_softmax(-1)
         expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-        assert report.tuning_kl[0] == pytest.approx(float(expected), rel=1e-4)
+        assert report.refinement.training[0] == pytest.approx(float(expected), rel=1e-4)
 
     def test_tuning_leaves_both_as_they_are(self, tokenizer, tied):
         rounded, _ = quantize(build_model(tokenizer, seed=1, tie_word_embeddings=tied))

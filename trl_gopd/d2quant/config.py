@@ -95,13 +95,13 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             Hadamard rotation of the residual stream, applied before quantizing: `"full"` mixes all channels, `"group"`
             mixes each run of `group_size` channels, which must divide the hidden size. Tied embeddings are untied.
         tune_epochs (`int`, *optional*, defaults to `3`):
-            Number of passes over the calibration tokens in which codes, scales, norms and biases of all blocks are
-            trained on the token distributions of the full-precision model. 0 skips this refinement. One window in
-            sixteen is held out, at most eight, and the state that is best there is kept.
+            Number of passes over the calibration tokens in which scales, norms and biases of all blocks, and codes
+            with `tune_codes`, are trained on the token distributions of the full-precision model. One window in
+            sixteen is held out, at most eight, and the best state there is kept. 0 skips this refinement.
         tune_learning_rate (`float`, *optional*):
-            Learning rate of the tuning, relative to the mean magnitude of each tensor. By default it is 1e-2 at 2
+            Learning rate of the refinement, relative to the mean magnitude of each tensor. By default it is 1e-2 at 2
             bits, and 5e-3 above, where larger rates overfit the calibration text.
-        tune_codes (`float`, *optional*, defaults to `0.5`):
+        tune_codes (`float`, *optional*, defaults to `0.0`):
             How far the latent value of a code moves in all steps together, if all its gradients agree, in codes. A
             code changes after half a code. 0 trains scales, norms and biases only; bit-planes always do.
 
@@ -122,7 +122,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             does if the tokenizer begins text with it when it is called: that of Gemma or Llama does, that of Qwen or
             SmolLM2 does not. Data that are token ids are used as they are.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the choice of windows, of the rotation, and of the order of windows in the tuning.
+            Seed of the choice of windows, of the rotation, and of the order of windows in the refinement.
         work_dir (`str`, *optional*):
             Folder in which finished blocks are kept, so that an interrupted run can be resumed. Each run has a folder
             of its own in it, named after a checksum of the weights, the calibration tokens and the settings: runs may
@@ -193,7 +193,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         rotation: str | None = None,
         tune_epochs: int = 3,
         tune_learning_rate: float | None = None,
-        tune_codes: float = 0.5,
+        tune_codes: float = 0.0,
         dataset: Any = None,
         tokenizer: Any = None,
         num_samples: int = 16,
@@ -382,9 +382,9 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self._check_integer("iterations", 0, "0 keeps the clipped range it starts from.")
         self._check_number("shift_gate", 0, 1, "0 corrects all channels.")
         self._check_choices("rotation", ROTATIONS)
-        self._check_integer("tune_epochs", 0, "0 leaves the tuning out.")
+        self._check_integer("tune_epochs", 0, "0 leaves the refinement out.")
         self._check_number("tune_learning_rate", 0, math.inf, "Use 1e-2.", open_start=True)
-        self._check_number("tune_codes", 0, 16, "Use 0.5; 0 keeps the codes.")
+        self._check_number("tune_codes", 0, 16, "Use 1.0; 0 keeps the codes.")
         self._check_integer("num_samples", 1, "GPTQ uses 128.")
         # A single token has nothing to predict and nothing to attend to.
         self._check_integer("seq_length", 2, "GPTQ uses 2048.")

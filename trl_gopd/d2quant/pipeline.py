@@ -62,7 +62,8 @@ def quantize_blocks(model: PreTrainedModel, tokenizer: Any, config: D2QuantConfi
             fuse_norms(model, topology)
             rotate(model, topology, size=config.rotation_size, seed=config.seed)
         calls, streams = _run_to_first_block(model, topology, windows, placement, store)
-        matrices = pack_token_matrices(model, config, head_hessian(model, windows, config))
+        with placement.each_in_turn():
+            matrices = pack_token_matrices(model, config, head_hessian(model, windows, config))
         if matrices.packed:
             streams.restart_quantized(calls, windows)
             return_freed_memory()

@@ -32,9 +32,14 @@ class Placement:
     """
 
     def __init__(self, model: PreTrainedModel, blocks: list[nn.Module], device: torch.device, waiting: torch.device):
-        self.blocks, self.device, self.waiting, self._origin = blocks, device, waiting, model.device
-        inside = {module for block in blocks for module in block.modules()}
-        self._outside = [module for module in model.modules() if module not in inside]
+        self._model, self._origin = model, model.device
+        self.blocks, self.device, self.waiting = blocks, device, waiting
+
+    @property
+    def _outside(self) -> list[nn.Module]:
+        """Modules that are in no block, packed ones included."""
+        inside = {module for block in self.blocks for module in block.modules()}
+        return [module for module in self._model.modules() if module not in inside]
 
     @classmethod
     def of(cls, model: PreTrainedModel, topology: Topology, config: D2QuantConfig) -> Self:

@@ -320,7 +320,10 @@ def _computing(model: PreTrainedModel, config: "D2QuantConfig") -> torch.autocas
     From four bits on their rounding would be as large as what is trained, and they stay in the dtype of the model.
     """
     device = model.device.type
-    fast = device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if device == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        fast = device == "cuda" and torch.cuda.is_bf16_supported()
     return torch.autocast(device, torch.bfloat16, enabled=fast and config.bits < 4 and model.dtype == torch.float32)
 
 
@@ -356,7 +359,8 @@ def _losses(student: _Student, output: Tensor, target: Tensor) -> Iterator[tuple
     vocabulary, only the product with the head needs a graph.
     """
     energy = target.float().square().sum()
-    for part, target_part in zip(torch.split(output, CHUNK, 1), torch.split(target, CHUNK, 1), strict=True):
+    chunk = tokens_per_chunk(student.model.config.get_text_config().vocab_size, output.device)
+    for part, target_part in zip(torch.split(output, chunk, 1), torch.split(target, chunk, 1), strict=True):
         if student.topology.lm_head is None:
             difference = part.float() - target_part.float()
             yield float(difference.square().sum() / energy), 2 * difference / energy
@@ -366,17 +370,15 @@ def _losses(student: _Student, output: Tensor, target: Tensor) -> Iterator[tuple
         with torch.no_grad():
             expected = head_logits(student.model, target_part, student.full_head).float()
             expected -= expected.logsumexp(-1, keepdim=True)
-            log_p = given.detach().float()
-            log_p -= log_p.logsumexp(-1, keepdim=True)
+            logits = given.detach().float()
+            log_p = logits - logits.logsumexp(-1, keepdim=True)  # not in place: it may be the memory of `given`
             probabilities = expected.exp()
             loss = float((probabilities * expected.sub_(log_p)).sum()) / output.shape[1]
             slope = log_p.exp_().sub_(probabilities).div_(output.shape[1])
         if not torch.is_grad_enabled():
             yield loss, slope.new_empty(0)
             continue
-        torch.autograd.backward(given, slope.to(given.dtype))
-        assert leaf.grad is not None
-        yield loss, leaf.grad
+        yield loss, torch.autograd.grad(given, leaf, slope.to(given.dtype))[0]
 
 
 def _backward(student: _Student, start: Tensor, full: Tensor) -> float:
