@@ -15,6 +15,8 @@ import torch
 
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # Triton's kernels then run on the CPU; read when Triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

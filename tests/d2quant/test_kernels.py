@@ -5,7 +5,10 @@ is kept for the backward pass is packed; and machine code is used where it may b
 
 import hashlib
 import logging
+import platform
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -271,7 +274,7 @@ class TestNative:
     @pytest.mark.parametrize("bits", BITS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_weights_are_rebuilt_bit_for_bit(self, dtype, bits, grid, shape, calls, without_native):
-        for scale_dtype in native.SCALE_TYPES:
+        for scale_dtype in native.TYPES:
             layer = packed_layer(bits, grid, **shape, scale_dtype=scale_dtype)
             assert torch.equal(layer.dequantize(dtype), without_native(layer.dequantize, dtype))
         assert calls == ["slices"] * 3
@@ -292,12 +295,23 @@ class TestNative:
         assert y.dtype == dtype
         assert (y - exact).abs().max() <= 2 * (layer.to_dense(dtype)(x) - exact).abs().max()
 
-    def test_many_rows_are_a_matrix_product(self, calls, generator, without_native):
+    def test_many_rows_are_a_matrix_product(self, calls, generator):
         layer = packed_layer(**self.LAYER)
-        x = torch.randn(native.FEW_ROWS + 1, 192, generator=generator)
-        y = layer(x)
-        assert calls == ["slices"]
-        torch.testing.assert_close(y, without_native(layer, x), rtol=0, atol=rounding(x, layer.dequantize(), 193))
+        few = native._library(layer.bits).few_rows[torch.bfloat16]
+        for rows, expected in ((few, ["products"]), (few + 1, ["slices"])):
+            x = torch.randn(rows, 192, generator=generator).bfloat16()
+            exact = F.linear(x.double(), layer.dequantize(torch.bfloat16).double(), layer.bias.double())
+            calls.clear()
+            y = layer(x)
+            assert calls == expected
+            error = (layer.to_dense(torch.bfloat16)(x) - exact).abs().max()
+            assert (y - exact).abs().max() <= 2 * error
+
+    def test_rows_beyond_a_slab_are_right(self, generator):
+        layer = packed_layer(2, in_features=32, group_size=32, out_features=32)
+        x = torch.randn(512 + 9, 32, generator=generator)
+        y = native.products(x, layer.packed, layer.bias)
+        torch.testing.assert_close(y, layer.to_dense()(x), rtol=0, atol=bound(x, layer, 32))
 
     def test_threads_change_nothing(self, monkeypatch, generator):
         monkeypatch.setattr(native, "PARALLEL", 1)
@@ -363,6 +377,89 @@ class TestNative:
 
 
 @needs_compiler
+class TestRoundedInputs:
+    """With `set_activation_bits(8)`."""
+
+    WHOLE = [shape for shape in TestNative.SHAPES if shape["out_features"] % 16 == 0] + [
+        {"in_features": 320, "group_size": 160, "out_features": 48},  # groups of a chunk of 128 columns and one of 32
+    ]
+
+    @pytest.fixture(autouse=True)
+    def eight_bits(self):
+        kernels.set_activation_bits(8)
+        yield
+        kernels.set_activation_bits(None)
+
+    @staticmethod
+    def chunks(in_features, group_size):
+        for group in range(0, in_features, group_size):
+            end = min(group + group_size, in_features)
+            yield from ((start, min(start + 128, end)) for start in range(group, end, 128))
+
+    @pytest.mark.parametrize("shape", WHOLE)
+    @pytest.mark.parametrize("grid", ["affine", "midrise"])
+    @pytest.mark.parametrize("bits", BITS)
+    def test_products_are_those_of_rounded_inputs(self, bits, grid, shape, generator):
+        layer = packed_layer(bits, grid, **shape)
+        weight = layer.dequantize().double()
+        for rows in (1, 3, 8, 17):
+            x = torch.randn(rows, shape["in_features"], generator=generator)
+            rounded = torch.empty_like(x)
+            for begin, end in self.chunks(shape["in_features"], shape["group_size"]):
+                part = x[:, begin:end]
+                step = part.abs().amax(1, keepdim=True) / 127
+                rounded[:, begin:end] = (part * (1 / step)).round() * step
+            exact = F.linear(rounded.double(), weight, layer.bias.double())
+            torch.testing.assert_close(layer(x).double(), exact, rtol=0, atol=bound(x, layer, shape["in_features"]))
+
+    @pytest.mark.parametrize("shape", TestNative.SHAPES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_error_is_within_half_a_step(self, dtype, shape, generator):
+        layer = packed_layer(3, **shape)
+        x = torch.randn(2, 3, shape["in_features"], generator=generator).to(dtype)
+        weight = layer.dequantize().double()
+        exact = F.linear(x.double(), weight, layer.bias.to(dtype).double())
+        most = bound(x.float().view(6, -1), layer, shape["in_features"]) + torch.finfo(dtype).eps * exact.abs()
+        for begin, end in self.chunks(shape["in_features"], shape["group_size"]):
+            half_step = x[..., begin:end].double().abs().amax(-1, keepdim=True) / 254
+            most = most + half_step * weight[:, begin:end].abs().sum(1)
+        y = layer(x)
+        assert y.dtype == dtype
+        assert ((y - exact).abs() <= most).all()
+
+    @pytest.mark.parametrize("rows", [1, 2, 9])
+    def test_nothing_but_the_bias_is_left_of_zeros(self, rows):
+        layer = packed_layer(**TestNative.LAYER)
+        assert torch.equal(layer(torch.zeros(rows, 192)), layer.bias.expand(rows, -1))
+
+    @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+    def test_what_is_not_finite_stays_so(self, value):
+        x = torch.ones(9, 192)
+        x[0, 3] = value
+        y = packed_layer(**TestNative.LAYER)(x)
+        assert not y[0].isfinite().any() and y[1:].isfinite().all()
+
+    def test_any_number_of_rows_is_rounded(self, calls, generator):
+        packed_layer(**TestNative.LAYER)(torch.randn(100, 192, generator=generator).bfloat16())
+        assert calls == ["products"]
+
+    def test_gradients_are_those_of_unrounded_products(self, generator):
+        layer = packed_layer(**TestNative.LAYER, scale_dtype=torch.float32)
+        x = torch.randn(3, 192, generator=generator, requires_grad=True)
+        grad = torch.randn(3, 150, generator=generator)
+        tensors = [x, layer.weight_scale.requires_grad_()]
+        rounded = torch.autograd.grad(layer(x), tensors, grad)
+        kernels.set_activation_bits(None)
+        unrounded = torch.autograd.grad(layer(x), tensors, grad)
+        assert all(torch.equal(one, other) for one, other in zip(rounded, unrounded, strict=True))
+
+    def test_other_widths_are_refused(self):
+        with pytest.raises(ValueError, match="8 or None, got 4"):
+            kernels.set_activation_bits(4)
+        assert native.Settings.activation_bits == 8
+
+
+@needs_compiler
 class TestCompiling:
     @pytest.fixture(autouse=True)
     def nothing_compiled(self, monkeypatch, tmp_path):
@@ -379,6 +476,14 @@ class TestCompiling:
         native._library.cache_clear()
         monkeypatch.setattr(native.subprocess, "run", None)
         assert torch.equal(layer(torch.ones(1, 192)), y)
+
+    @pytest.mark.slow
+    def test_processes_that_start_together_do_not_meet(self, tmp_path):
+        code = "from trl_gopd.d2quant.kernels import native; assert native._library(2) is not None"
+        processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+        assert [process.wait(300) for process in processes] == [0, 0]
+        (path,) = (tmp_path / "cache" / "trl_gopd").iterdir()
+        assert path.name.endswith("-2.so")
 
     def test_another_processor_has_another_library(self, monkeypatch):
         monkeypatch.setenv("CXX", "no-such-compiler")
@@ -409,11 +514,43 @@ class TestCompiling:
         )
         compiler.chmod(0o700)
         monkeypatch.setenv("CXX", str(compiler))
-        layer = packed_layer(2, **TestNative.LAYER)
-        x = torch.ones(3, 192)
-        atol = bound(x, layer, 192)
-        torch.testing.assert_close(layer(x), layer.to_dense()(x), rtol=0, atol=atol)
-        assert native._library(2) is not None
+        self.check(3)
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 processor")
+    @pytest.mark.parametrize("processor", ["haswell", "x86-64-v2"])  # with AVX2, and with vectors of four numbers
+    @pytest.mark.parametrize("bits", BITS)
+    def test_other_processors_compute_the_same(self, bits, processor, monkeypatch):
+        monkeypatch.setattr(native, "VARIANTS", ((f"-march={processor}",),))
+        self.check(bits)
+
+    @staticmethod
+    def check(bits):
+        """Products and weights of the library of this width, with rounded inputs, too."""
+        assert native._library(bits) is not None
+        generator = torch.Generator().manual_seed(0)
+        layer = packed_layer(bits, **TestNative.LAYER)
+        dense = layer.dequantize()
+        native.Settings.enabled = False
+        try:
+            assert torch.equal(dense, layer.dequantize())
+        finally:
+            native.Settings.enabled = True
+        for rows in (1, 3, 9):
+            x = torch.randn(rows, 192, generator=generator)
+            exact = F.linear(x, dense, layer.bias)
+            for dtype, eps in ((torch.float32, 0), (torch.bfloat16, torch.finfo(torch.bfloat16).eps)):
+                y = native.products(x.to(dtype), layer.packed, layer.bias.to(dtype))
+                # In bfloat16 the inputs, the bias and the result are rounded.
+                low = 2 * eps * (x.abs() @ dense.abs().T + layer.bias.abs()).max().item()
+                torch.testing.assert_close(y.float(), exact, rtol=0, atol=bound(x, layer, 192) + low)
+            kernels.set_activation_bits(8)
+            try:
+                y = native.products(x, layer.packed, layer.bias)
+            finally:
+                kernels.set_activation_bits(None)
+            half_step = x.abs().max().item() / 254
+            assert (y - exact).abs().max() <= half_step * dense.abs().sum(1).max() + bound(x, layer, 192)
 
     def test_a_failed_compilation_leaves_nothing(self, tmp_path, monkeypatch):
         monkeypatch.setattr(native, "SOURCE", tmp_path / "wrong.cpp")

@@ -1,7 +1,7 @@
 """A linear layer whose weight stays packed in memory, and in the forward and backward pass."""
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -162,10 +162,12 @@ class D2QuantLinear(nn.Linear):
     @property
     def packed(self) -> Packed:
         """The packed tensors and their layout, as the kernels take them."""
+        # Looked up as attributes, each would take as long as a small product.
+        parameters: dict[str, Any] = self._parameters
         return Packed(
-            self.weight,
-            self.weight_scale,
-            self.weight_zero_point,
+            parameters["weight"],
+            parameters["weight_scale"],
+            parameters["weight_zero_point"],
             self.in_features,
             self.bits,
             self.group_size,
@@ -174,7 +176,9 @@ class D2QuantLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps `(..., in_features)` to `(..., out_features)`, in the dtype of the input, as a linear layer does."""
-        return quantized_linear(input, self.packed, bias=self.bias, input_scale=self.input_scale)
+        parameters = self._parameters
+        bias, input_scale = parameters["bias"], parameters["input_scale"]
+        return quantized_linear(input, self.packed, bias=bias, input_scale=input_scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """

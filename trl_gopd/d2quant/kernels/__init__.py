@@ -5,8 +5,9 @@ A slice of rows of `Ŵ` is rebuilt, multiplied and freed before the next one. Th
 used again, and neither the forward nor the backward pass ever holds all of `Ŵ`. The value of a weight is defined once,
 by [`dequantize`]: code minus zero point, times the stored scale, in float32, and then cast.
 
-On a CPU, machine code does it where it can ([`native`]): few rows of `x` are multiplied by the packed words
-themselves, with sums in float32, and slices are rebuilt several times faster.
+Where there are kernels for a weight, they do it: machine code on a CPU ([`native`]), Triton on a GPU ([`gpu`]). Both
+multiply few rows of `x` by the packed words themselves, with sums in float32, and rebuild slices faster than torch.
+Which of them computes is decided here alone and logged once, at level INFO, or WARNING if torch is left.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import unpack_rows
-from . import native
+from . import gpu, native
 from .packed import Packed
 
 
@@ -45,15 +46,47 @@ def quantized_linear(
     Returns:
         `torch.Tensor`: `(..., out_features)` in the dtype of `x`, or of `torch.autocast` where that is on.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(kind))
+    dtype = x.dtype
     if input_scale is not None:
-        x = x * input_scale.to(x.dtype)
-    bias = None if bias is None else bias.to(x.dtype)
+        x = x * input_scale.to(dtype)
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    if not torch.is_grad_enabled() or not _needs_gradient(x, packed, bias):
+        return _product(x, packed, bias)
     rows = x.reshape(-1, x.shape[-1])
     y: Tensor = _QuantizedLinear.apply(rows, bias, *packed)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def set_activation_bits(bits: int | None) -> None:
+    """
+    Sets whether inputs of packed layers are rounded to eight bits on a CPU, for all models of this process.
+
+    Products are then sums of whole numbers, which processors with VNNI compute several times faster. Each row has a
+    scale for every group of columns, or 128 columns of a longer one; a number is off by at most 1/254 of the largest
+    magnitude there. Gradients are those of the unrounded product. Layers without machine code (see [`native`]), and
+    GPUs, are not affected.
+
+    Args:
+        bits (`int` or `None`): 8, or `None` to round nothing, which is the default.
+
+    Raises:
+        ValueError: If `bits` is another number.
+
+    Example:
+
+    ```python
+    >>> set_activation_bits(8)
+    >>> set_activation_bits(None)
+
+    ```
+    """
+    if bits not in (None, 8):
+        raise ValueError(f"`bits` must be 8 or None, got {bits!r}. Other widths have no kernel.")
+    native.Settings.activation_bits = bits
 
 
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
@@ -72,13 +105,7 @@ class _QuantizedLinear(torch.autograd.Function):
         packed = Packed(*fields)
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, *fields[:3])
         ctx.layout = fields[3:]
-        if x.shape[1] == packed.in_features and 0 < len(x) <= native.FEW_ROWS and _has_products(x, packed):
-            products = native.products(x, packed)
-            return (products if bias is None else products + bias).to(x.dtype)
-        y = x.new_empty(x.shape[0], packed.weight.shape[1])
-        for rows, weight in _dense_slices(packed, x.dtype):
-            y[:, rows] = F.linear(x, weight, None if bias is None else bias[rows])
-        return y
+        return _product(x, packed, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -109,14 +136,34 @@ class _QuantizedLinear(torch.autograd.Function):
         )
 
 
-def _has_products(x: Tensor, packed: Packed) -> bool:
-    return x.device.type == "cpu" and x.dtype != torch.float64 and native.serves(packed)
+def _needs_gradient(x: Tensor, packed: Packed, bias: Tensor | None) -> bool:
+    return x.requires_grad or packed.weight_scale.requires_grad or (bias is not None and bias.requires_grad)
+
+
+def _product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """`x (..., in_features)` times the weight transposed, plus `bias` in the dtype of `x`."""
+    backend = _backend(packed)
+    if backend is not None and backend.multiplies(x, packed):
+        return backend.products(x, packed, bias)  # type: ignore[no-any-return]
+    rows = x.reshape(-1, x.shape[-1])
+    y = x.new_empty(rows.shape[0], packed.weight.shape[1])
+    for outputs, weight in _dense_slices(packed, x.dtype):
+        y[:, outputs] = F.linear(rows, weight, None if bias is None else bias[outputs])
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _backend(packed: Packed) -> Any:
+    """The module that has kernels for a weight, `native` or `gpu`; `None` where torch alone computes."""
+    if native.serves(packed):
+        return native
+    return gpu if gpu.serves(packed) else None
 
 
 def _dense_slices(packed: Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Yields slices of rows and their weights `(rows, in_features)` in `dtype`, each valid until the next is taken."""
-    if dtype in (torch.float32, torch.bfloat16) and native.serves(packed):
-        yield from native.slices(packed, dtype)
+    backend = _backend(packed)
+    if backend is not None and dtype in backend.REBUILT:
+        yield from backend.slices(packed, dtype)
         return
     for rows, offsets, scales in _slices(packed):
         yield rows, _rebuild(offsets, scales, packed.group_size).to(dtype)

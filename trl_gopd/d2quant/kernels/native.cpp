@@ -1,283 +1,275 @@
 // Products with a weight W of 2, 3, 4 or 8 bits that stays packed, and slices of W itself.
 //
-// Words are int32 (ceil(K / 32) * bits, N): 32 codes of an output follow each other down a column, lowest bit first, so
-// outputs lie side by side in memory and are the lanes of vectors. A weight is (code - zero point) * scale, with a zero
-// point and a scale for each group of columns:
+// A weight is (code - zero point) * scale, with a zero point and a scale for each group of columns:
 //
 //     y[m, n] = sum over groups g of  scale[g, n] * (sum over k in g of x[m, k] * code[k, n]  -  zero[g, n] * sum of x)
 //
 // A code is not shifted to the lowest bits: its word is masked, and x[m, k] is divided by the power of two that the code
 // is multiplied by there. Both are exact, so the result differs from its definition by the order of float32 sums alone.
 //
-// The vectors are those of GCC and Clang, which make code for whatever processor they compile for. The file is compiled
-// for the processor that it runs on, once for each width (BITS).
+// Where x is rounded to eight bits, each row has a step of its own for every chunk of columns (a group, or 128 columns
+// of a longer one): the largest magnitude there over 127. Sums of codes times steps are then exact, and times the step.
+//
+// The file is compiled for the processor that it runs on, once for each width (BITS).
 
-#include <cstdint>
-#include <cstring>
+#include "kinds.h"
+#include "layout.h"
+
 #include <memory>
-
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
+#include <vector>
 
 namespace {
 
-#define INLINE __attribute__((always_inline)) inline
+constexpr int64_t CHUNK = 4;   // blocks of columns at a time, of one group
+constexpr int64_t SLAB = 512;  // rows at a time, which bounds the copies of x
 
-constexpr int LANES = 16;
-constexpr int TILE = 256;  // outputs at a time: their sums stay in the first cache
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-typedef uint8_t Bytes __attribute__((vector_size(LANES)));
-
-enum Type { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
-
-struct Weight {
-    const uint32_t* words;
-    const void* scales;           // (groups, N)
-    const uint32_t* zero_points;  // (groups, ceil(N / 32) * bits), packed along the last axis, or null
-    float zero_point;             // in place of zero_points
-    int32_t scale_type;
-    int64_t in_features, out_features, group_size;
-
-    int64_t groups() const { return (in_features + group_size - 1) / group_size; }
-    int64_t blocks() const { return (in_features + 31) / 32; }
+// Rows of x (rows, K) and of y (rows, N), and a bias (N) or null: all of one type, float32 or bfloat16.
+struct Rows {
+    const void* x;
+    const void* bias;
+    void* y;
+    int32_t type;
+    int64_t count;
 };
 
-template <class T>
-inline T load(const void* from) {
-    T value;
-    std::memcpy(&value, from, sizeof(T));
-    return value;
-}
+// Rows of x as a kind takes them, `ROWS` at a time, padded with zeros.
+template <class Kind, int ROWS>
+struct Prepared {
+    std::vector<int64_t> begins;               // the first block of each chunk, and the number of blocks
+    std::vector<int64_t> groups;               // the group of each chunk
+    std::unique_ptr<typename Kind::X[]> x;     // (batches, blocks, STEPS, ROWS)
+    std::unique_ptr<float[]> totals, steps;    // (batches, chunks, ROWS): sums of what was packed, and its unit
 
-inline uint16_t to_bfloat16(float value) {  // to the nearest, ties to even
-    uint32_t bits = load<uint32_t>(&value);
-    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
+    Prepared(const Weight& w, const Rows& r, int threads) {
+        const int64_t per_group = w.group_size / BLOCK, blocks = w.blocks(), batches = (r.count + ROWS - 1) / ROWS;
+        const int64_t length = per_group > CHUNK ? CHUNK : per_group;
+        for (int64_t group = 0; group < w.groups(); ++group)
+            for (int64_t b = group * per_group; b < (group + 1) * per_group && b < blocks; b += length) {
+                begins.push_back(b);
+                groups.push_back(group);
+            }
+        begins.push_back(blocks);
+        x.reset(new typename Kind::X[batches * blocks * Kind::STEPS * ROWS]());
+        totals.reset(new float[batches * groups.size() * ROWS]());
+        steps.reset(new float[batches * groups.size() * ROWS]());
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && batches > 1)
+        for (int64_t m = 0; m < r.count; ++m)
+            for (int64_t chunk = 0; chunk < chunks(); ++chunk) prepare(w, r, m, chunk);
+    }
 
-// The scales of sixteen outputs, of which the first is number `index` of the tensor, in float32.
-inline Floats load_scales(const Weight& w, int64_t index) {
-    if (w.scale_type == FLOAT32) return load<Floats>(static_cast<const float*>(w.scales) + index);
-    const Words given = __builtin_convertvector(load<Halves>(static_cast<const uint16_t*>(w.scales) + index), Words);
-    if (w.scale_type == BFLOAT16) return reinterpret_cast<Floats>(given << 16);
-    // The exponent of float16 is smaller by 112. A product also normalizes subnormal numbers; scales are finite.
-    const Floats magnitude = reinterpret_cast<Floats>((given & 0x7fff) << 13) * 5.192296858534828e+33f;  // 2^112
-    return reinterpret_cast<Floats>(reinterpret_cast<Words>(magnitude) | (given & 0x8000) << 16);
-}
+    int64_t chunks() const { return int64_t(groups.size()); }
 
-// The zero points of outputs n to n + 15 in a group, in float32; 16 divides n.
-inline Floats load_zeros(const Weight& w, int64_t group, int64_t n) {
-    if (!w.zero_points) return Floats{} + w.zero_point;
-    const uint32_t* row = w.zero_points + group * ((w.out_features + 31) / 32 * BITS);
-    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(row) + n * BITS / 8;
-#if BITS == 8
-    return __builtin_convertvector(load<Bytes>(bytes), Floats);
-#else  // eight codes are BITS bytes
-    uint32_t low = 0, high = 0;
-    std::memcpy(&low, bytes, BITS);
-    std::memcpy(&high, bytes + BITS, BITS);
-    constexpr Words lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const Words codes = (lane < 8 ? Words{} + low : Words{} + high) >> (lane & 7) * BITS & ((1u << BITS) - 1);
-    return __builtin_convertvector(reinterpret_cast<Ints>(codes), Floats);
-#endif
-}
+    // One chunk of a row.
+    void prepare(const Weight& w, const Rows& r, int64_t m, int64_t chunk) {
+        const int64_t begin = begins[chunk], end = begins[chunk + 1], of = (m / ROWS * chunks() + chunk) * ROWS + m % ROWS;
+        typename Kind::X* to = &x[(m / ROWS * w.blocks() + begin) * Kind::STEPS * ROWS + m % ROWS];
+        float step = 1;
+        if constexpr (Kind::ROUNDS) step = largest(w, r, m, begin, end) / 127;
+        const float inverse = step > 1e-38f ? 1 / step : 0;
+        Floats total = {};
+        for (int64_t b = begin; b < end; ++b, to += Kind::STEPS * ROWS) {
+            Floats parts[PARTS];
+            for (int part = 0; part < PARTS; ++part) {
+                parts[part] = columns(w, r, m, BLOCK * b + part * LANES);
+                constexpr float ROUND = 12582912;  // 3 * 2^22, whose last bit is worth one
+                if constexpr (Kind::ROUNDS) parts[part] = parts[part] * inverse + ROUND - ROUND;
+                total += parts[part];
+            }
+            Kind::pack(parts, to, ROWS);
+        }
+        for (int lane = 0; lane < LANES; ++lane) totals[of] += total[lane];
+        steps[of] = step;
+    }
 
-// Code number POSITION of 32, times 2^shift_of(POSITION).
-constexpr int shift_of(int position) {
-    const int shift = position * BITS % 32;
-    return shift + BITS >= 32 ? 0 : shift;
-}
+    // The largest magnitude in the blocks `begin` to `end` of a row; NaN if a number is not finite.
+    static float largest(const Weight& w, const Rows& r, int64_t m, int64_t begin, int64_t end) {
+        Floats most = {}, check = {};
+        for (int64_t k = BLOCK * begin; k < BLOCK * end; k += LANES) {
+            const Floats values = columns(w, r, m, k), magnitudes = values < 0 ? -values : values;
+            most = magnitudes > most ? magnitudes : most;
+            check += values - values;  // 0 or NaN
+        }
+        float result = 0, sum = 0;
+        for (int lane = 0; lane < LANES; ++lane) {
+            result = most[lane] > result ? most[lane] : result;
+            sum += check[lane];
+        }
+        return result + sum;
+    }
 
-template <int POSITION>
-INLINE Floats code(const Words* block) {
-    constexpr int word = POSITION * BITS / 32, shift = POSITION * BITS % 32;
-    constexpr uint32_t mask = (1u << BITS) - 1;
-    Words bits;
-    if constexpr (shift + BITS > 32)
-        bits = (block[word] >> shift | block[word + 1] << (32 - shift)) & mask;
-    else if constexpr (shift + BITS == 32)
-        bits = block[word] >> shift;  // only masked, it could be a negative number
-    else
-        bits = block[word] & mask << shift;
-    return __builtin_convertvector(reinterpret_cast<Ints>(bits), Floats);
-}
+    // As many numbers of a row as a vector has, from column k on; zeros behind its end.
+    static INLINE Floats columns(const Weight& w, const Rows& r, int64_t m, int64_t k) {
+        if (k + LANES <= w.in_features) return load_numbers(r.x, m * w.in_features + k, r.type);
+        Floats values = {};
+        for (int lane = 0; k + lane < w.in_features; ++lane)
+            values[lane] = load_number(r.x, m * w.in_features + k + lane, r.type);
+        return values;
+    }
+};
 
-// Sums over the 32 columns of a block: `VECTORS` vectors of outputs by `ROWS` rows of x.
-template <int ROWS, int VECTORS, int POSITION = 0>
-INLINE void add_block(const Words (*block)[BITS], const float* x, int64_t stride, Floats (*sums)[ROWS]) {
-    if constexpr (POSITION < 32) {
-        Floats codes[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) codes[v] = code<POSITION>(block[v]);
-        for (int m = 0; m < ROWS; ++m)
-            for (int v = 0; v < VECTORS; ++v) sums[v][m] += codes[v] * x[m * stride + POSITION];
-        add_block<ROWS, VECTORS, POSITION + 1>(block, x, stride, sums);
+// Recursion in place of loops: with indices that are constant from the start, sums stay in registers.
+template <class Kind, int ROWS, int VECTORS, int AT = 0, class Codes>
+INLINE void add_products(const Codes* codes, const typename Kind::X* x, typename Kind::Sums (*sums)[ROWS]) {
+    if constexpr (AT < ROWS * VECTORS) {
+        constexpr int m = AT / VECTORS, v = AT % VECTORS;
+        sums[v][m] = Kind::add(sums[v][m], codes[v], x[m]);
+        add_products<Kind, ROWS, VECTORS, AT + 1>(codes, x, sums);
     }
 }
 
-#if defined(__AVX512BF16__)
-// The same of x in bfloat16: two columns at a time, whose products are exact and summed in float32.
-template <int ROWS, int VECTORS, int POSITION = 0>
-INLINE void add_block(const Words (*block)[BITS], const uint16_t* x, int64_t stride, Floats (*sums)[ROWS]) {
-    if constexpr (POSITION < 32) {
-        __m512bh codes[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) {  // a code has at most eight significant bits, as bfloat16 has
-            const Floats even = code<POSITION>(block[v]), odd = code<POSITION + 1>(block[v]);
-            codes[v] = (__m512bh)(reinterpret_cast<Words>(even) >> 16 | reinterpret_cast<Words>(odd));
-        }
-        for (int m = 0; m < ROWS; ++m) {
-            const __m512bh pair = (__m512bh)_mm512_set1_epi32(load<int32_t>(x + m * stride + POSITION));
-            for (int v = 0; v < VECTORS; ++v)
-                sums[v][m] = (Floats)_mm512_dpbf16_ps((__m512)sums[v][m], codes[v], pair);
-        }
-        add_block<ROWS, VECTORS, POSITION + 2>(block, x, stride, sums);
+template <class Kind, int ROWS, int VECTORS, int STEP = 0>
+INLINE void add_block(const Words (*block)[BITS], const typename Kind::X* x, typename Kind::Sums (*sums)[ROWS]) {
+    if constexpr (STEP < Kind::STEPS) {
+        decltype(Kind::template codes<STEP>(block[0])) codes[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) codes[v] = Kind::template codes<STEP>(block[v]);
+        add_products<Kind, ROWS, VECTORS>(codes, x + STEP * ROWS, sums);
+        add_block<Kind, ROWS, VECTORS, STEP + 1>(block, x, sums);
     }
 }
+
+// Outputs at a time: their results stay in the first cache, and rows of words are read in long runs.
+constexpr int tile_of(int rows) { return rows == 1 ? 1024 : rows == 4 ? 512 : 256; }
+
+// Rows at a time, if there are so many: their sums have to fit into registers.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int MANY = 4;
+#else
+constexpr int MANY = 8;
 #endif
 
-template <int ROWS, int VECTORS, class X>
-void tile(const Weight& w, const X* x, const float* totals, float* y, int64_t begin, int64_t end) {
-    const int64_t groups = w.groups(), blocks = w.blocks(), stride = 32 * blocks, per_group = w.group_size / 32;
-    alignas(64) float sums[ROWS][TILE], results[ROWS][TILE] = {};
-    for (int64_t group = 0; group < groups; ++group) {
-        std::memset(sums, 0, sizeof(sums));
-        const int64_t last = (group + 1) * per_group < blocks ? (group + 1) * per_group : blocks;
-        for (int64_t b = group * per_group; b < last; ++b) {
-            const uint32_t* words = w.words + b * BITS * w.out_features + begin;
-            for (int64_t n = 0; n < end - begin; n += LANES * VECTORS) {
+// Some outputs of the weight, or a copy of them. Rows of words and of parameters are `stride` apart.
+struct Tile {
+    const uint32_t* words;
+    int64_t stride, begin, end;
+    const float* scales;  // of chunks, in float32, or null if they are to be read from the weight
+    const float* zeros;
+};
+
+template <class Kind, int ROWS, int VECTORS>
+void multiply_tile(const Weight& w, const Tile& t, const Prepared<Kind, ROWS>& p, const Rows& r, int64_t batch) {
+    alignas(64) float results[ROWS][tile_of(ROWS)] = {};
+    const int64_t N = w.out_features, chunks = p.chunks(), count = t.end - t.begin;
+    const typename Kind::X* x = &p.x[batch * w.blocks() * Kind::STEPS * ROWS];
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const int64_t first = p.begins[chunk], last = p.begins[chunk + 1], of = (batch * chunks + chunk) * ROWS;
+        for (int64_t n = 0; n < count; n += LANES * VECTORS) {
+            typename Kind::Sums sums[VECTORS][ROWS] = {};
+            for (int64_t b = first; b < last; ++b) {
+                const uint32_t* words = t.words + b * BITS * t.stride + n;
                 Words block[VECTORS][BITS];
-                Floats part[VECTORS][ROWS];
-                for (int v = 0; v < VECTORS; ++v) {
-                    for (int i = 0; i < BITS; ++i)
-                        block[v][i] = load<Words>(words + i * w.out_features + n + LANES * v);
-                    for (int m = 0; m < ROWS; ++m) part[v][m] = load<Floats>(&sums[m][n + LANES * v]);
-                }
-                // Otherwise all numbers of x would be copied into vectors before this loop, which fill the first cache.
-                asm volatile("" : : : "memory");
-                add_block<ROWS, VECTORS>(block, x + b * 32, stride, part);
                 for (int v = 0; v < VECTORS; ++v)
-                    for (int m = 0; m < ROWS; ++m) std::memcpy(&sums[m][n + LANES * v], &part[v][m], sizeof(Floats));
+                    for (int i = 0; i < BITS; ++i) {
+                        block[v][i] = load<Words>(words + i * t.stride + LANES * v);
+                        // The next chunk lies far away: no processor foresees that it will be read.
+                        __builtin_prefetch(words + (i + (last - first) * BITS) * t.stride + LANES * v);
+                    }
+                // Otherwise all numbers of x would be copied into vectors before these loops.
+                asm volatile("" : : : "memory");
+                add_block<Kind, ROWS, VECTORS>(block, x + b * Kind::STEPS * ROWS, sums);
             }
-        }
-        for (int64_t n = 0; n < end - begin; n += LANES) {
-            const Floats scales = load_scales(w, group * w.out_features + begin + n);
-            const Floats zeros = load_zeros(w, group, begin + n);
-            for (int m = 0; m < ROWS; ++m) {
-                const Floats sum = load<Floats>(&sums[m][n]) - zeros * totals[m * groups + group];
-                const Floats result = load<Floats>(&results[m][n]) + scales * sum;
-                std::memcpy(&results[m][n], &result, sizeof(result));
-            }
-        }
-    }
-    for (int m = 0; m < ROWS; ++m) std::memcpy(y + m * w.out_features + begin, results[m], sizeof(float) * (end - begin));
-}
-
-// Outputs that do not fill a vector.
-inline float code_at(const Weight& w, int64_t k, int64_t n) {
-    const uint32_t* column = w.words + k / 32 * BITS * w.out_features + n;
-    const int bit = k % 32 * BITS;
-    uint64_t code = column[bit / 32 * w.out_features] >> bit % 32;
-    if (bit % 32 + BITS > 32) code |= uint64_t(column[(bit / 32 + 1) * w.out_features]) << (32 - bit % 32);
-    return float(code & ((1u << BITS) - 1));
-}
-
-// The scale and the zero point of output n in a group. They are read with fifteen others, from a copy.
-void parameters_at(const Weight& w, int64_t group, int64_t n, float* scale, float* zero) {
-    uint16_t half[LANES] = {};
-    float single[LANES] = {};
-    uint32_t zeros[BITS] = {};
-    const int64_t index = group * w.out_features + n;
-    Weight one = w;
-    one.scales = w.scale_type == FLOAT32 ? static_cast<const void*>(single) : half;
-    if (w.scale_type == FLOAT32)
-        single[0] = static_cast<const float*>(w.scales)[index];
-    else
-        half[0] = static_cast<const uint16_t*>(w.scales)[index];
-    if (w.zero_points)
-        std::memcpy(zeros, w.zero_points + group * ((w.out_features + 31) / 32 * BITS) + n / 32 * BITS, sizeof(zeros));
-    one.zero_points = w.zero_points ? zeros : nullptr;
-    *scale = load_scales(one, 0)[0];
-    *zero = load_zeros(one, 0, n % 32 / LANES * LANES)[n % LANES];
-}
-
-void ragged(const Weight& w, const float* x, int64_t rows, float* y, int64_t begin) {
-    for (int64_t n = begin; n < w.out_features; ++n) {
-        for (int64_t m = 0; m < rows; ++m) y[m * w.out_features + n] = 0;
-        for (int64_t group = 0; group < w.groups(); ++group) {
-            float scale, zero;
-            parameters_at(w, group, n, &scale, &zero);
-            const int64_t start = group * w.group_size;
-            const int64_t stop = start + w.group_size < w.in_features ? start + w.group_size : w.in_features;
-            for (int64_t m = 0; m < rows; ++m) {
-                float sum = 0;
-                for (int64_t k = start; k < stop; ++k) sum += x[m * w.in_features + k] * (code_at(w, k, n) - zero);
-                y[m * w.out_features + n] += scale * sum;
+            for (int v = 0; v < VECTORS; ++v) {
+                const int64_t at = n + LANES * v, group = p.groups[chunk];
+                Floats scales, zeros;
+                if (t.scales) {
+                    scales = load<Floats>(t.scales + chunk * t.stride + at);
+                    zeros = load<Floats>(t.zeros + chunk * t.stride + at);
+                } else {
+                    scales = load_scales(w, group * N + t.begin + at);
+                    zeros = load_zeros(w, group, t.begin + at);
+                }
+                for (int m = 0; m < ROWS; ++m) {
+                    const Floats sum = __builtin_convertvector(sums[v][m], Floats) - zeros * p.totals[of + m];
+                    const Floats result = load<Floats>(&results[m][at]) + scales * p.steps[of + m] * sum;
+                    std::memcpy(&results[m][at], &result, sizeof(result));
+                }
             }
         }
     }
+    for (int64_t m = batch * ROWS; m < (batch + 1) * ROWS && m < r.count; ++m)
+        for (int64_t n = 0; n < count; n += LANES) {
+            Floats result = load<Floats>(&results[m - batch * ROWS][n]);
+            if (r.bias) result += load_numbers(r.bias, t.begin + n, r.type);
+            store_numbers(r.y, m * N + t.begin + n, r.type, result);
+        }
 }
 
-// `ROWS` rows at once; x is padded with rows of zeros, and with columns of zeros to whole blocks.
-template <int ROWS, class X>
-void rows_at_once(const Weight& w, const X* x, const float* totals, float* y, int threads) {
+// All batches of rows times outputs `begin` to `end`.
+template <class Kind, int ROWS>
+void multiply_outputs(const Weight& w, const Prepared<Kind, ROWS>& p, const Rows& r, int64_t begin, int64_t end) {
     constexpr int VECTORS = ROWS >= 4 ? 2 : 4, STEP = LANES * VECTORS;
+    const int64_t batches = (r.count + ROWS - 1) / ROWS, wide = begin + (end - begin) / STEP * STEP;
+    Tile t{w.words + begin, w.out_features, begin, end, nullptr, nullptr};
+    std::unique_ptr<uint32_t[]> words;
+    std::unique_ptr<float[]> scales, zeros;
+    if (batches > 1) {  // rows of words that are a power of two apart would drive each other out of the second cache
+        const int64_t count = end - begin, rows = w.blocks() * BITS;
+        words.reset(new uint32_t[rows * count]);
+        for (int64_t i = 0; i < rows; ++i) {
+            for (int64_t n = 0; n < count; n += LANES) __builtin_prefetch(t.words + (i + 8) * t.stride + n);
+            std::memcpy(&words[i * count], t.words + i * t.stride, 4 * count);
+        }
+        scales.reset(new float[p.chunks() * count]);
+        zeros.reset(new float[p.chunks() * count]);
+        for (int64_t chunk = 0; chunk < p.chunks(); ++chunk)
+            for (int64_t n = 0; n < count; n += LANES) {
+                store_numbers(&scales[chunk * count], n, FLOAT32, load_scales(w, p.groups[chunk] * w.out_features + begin + n));
+                store_numbers(&zeros[chunk * count], n, FLOAT32, load_zeros(w, p.groups[chunk], begin + n));
+            }
+        t = Tile{words.get(), count, begin, end, scales.get(), zeros.get()};
+    }
+    Tile many = t, few = t;
+    many.end = few.begin = wide;
+    few.words += wide - begin;
+    if (t.scales) few.scales += wide - begin, few.zeros += wide - begin;
+    for (int64_t batch = 0; batch < batches; ++batch) {
+        if (wide > begin) multiply_tile<Kind, ROWS, VECTORS>(w, many, p, r, batch);
+        if (end > wide) multiply_tile<Kind, ROWS, 1>(w, few, p, r, batch);
+    }
+}
+
+template <class Kind, int ROWS>
+void sweep(const Weight& w, const Rows& r, int threads) {
+    const Prepared<Kind, ROWS> p(w, r, threads);
     const int64_t whole = w.out_features / LANES * LANES;
+    // All threads have as many tiles.
+    const int64_t tiles = ((whole + tile_of(ROWS) - 1) / tile_of(ROWS) + threads - 1) / threads * threads;
+    const int64_t length = tiles ? (whole + tiles * LANES - 1) / (tiles * LANES) * LANES : 1;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t begin = 0; begin < whole; begin += TILE) {
-        const int64_t end = begin + TILE < whole ? begin + TILE : whole, wide = begin + (end - begin) / STEP * STEP;
-        if (wide > begin) tile<ROWS, VECTORS>(w, x, totals, y, begin, wide);
-        if (end > wide) tile<ROWS, 1>(w, x, totals, y, wide, end);
+    for (int64_t begin = 0; begin < whole; begin += length)
+        multiply_outputs<Kind, ROWS>(w, p, r, begin, begin + length < whole ? begin + length : whole);
+}
+
+// Outputs that do not fill a vector. They are few, so that x is not rounded.
+void ragged(const Weight& w, const Rows& r) {
+    for (int64_t n = w.out_features / LANES * LANES; n < w.out_features; ++n) {
+        for (int64_t m = 0; m < r.count; ++m) {
+            float result = r.bias ? load_number(r.bias, n, r.type) : 0;
+            for (int64_t group = 0; group < w.groups(); ++group) {
+                float scale, zero, sum = 0;
+                parameters_at(w, group, n, &scale, &zero);
+                for (int64_t k = group * w.group_size; k < w.group_end(group); ++k)
+                    sum += load_number(r.x, m * w.in_features + k, r.type) * (code_at(w, k, n) - zero);
+                result += scale * sum;
+            }
+            store_number(r.y, m * w.out_features + n, r.type, result);
+        }
     }
 }
 
-template <int ROWS, class X>
-void some_rows(const Weight& w, const float* x, int64_t rows, float* y, int threads) {
-    const int64_t stride = 32 * w.blocks(), groups = w.groups();
-    std::unique_ptr<X[]> scaled(new X[ROWS * stride]());
-    std::unique_ptr<float[]> totals(new float[ROWS * groups]()), padded;
-    for (int64_t m = 0; m < rows; ++m) {
-        for (int64_t group = 0; group < groups; ++group) {
-            const int64_t start = group * w.group_size;
-            const int64_t stop = start + w.group_size < w.in_features ? start + w.group_size : w.in_features;
-            float total = 0;
-            for (int64_t k = start; k < stop; ++k) total += x[m * w.in_features + k];
-            totals[m * groups + group] = total;
-        }
-        for (int64_t k = 0; k < w.in_features; ++k) {
-            const float value = x[m * w.in_features + k] / float(1u << shift_of(int(k % 32)));
-            if constexpr (sizeof(X) == 2)
-                scaled[m * stride + k] = to_bfloat16(value);
-            else
-                scaled[m * stride + k] = value;
-        }
-    }
-    float* target = y;
-    if (rows < ROWS) {
-        padded.reset(new float[ROWS * w.out_features]);
-        target = padded.get();
-    }
-    rows_at_once<ROWS, X>(w, scaled.get(), totals.get(), target, threads);
-    if (rows < ROWS) std::memcpy(y, target, sizeof(float) * rows * w.out_features);
-    ragged(w, x, rows, y, w.out_features / LANES * LANES);
-}
-
-void all_rows(const Weight& w, const float* x, int64_t rows, bool is_bfloat16, float* y, int threads) {
-    while (rows > 0) {
-        const int64_t step = rows == 1 ? 1 : rows <= 4 ? rows : rows < 8 ? 4 : 8;
-        if (step == 1)
-            some_rows<1, float>(w, x, 1, y, threads);
-        else if (step <= 4)
-            some_rows<4, float>(w, x, step, y, threads);
-#if defined(__AVX512BF16__)
-        else if (is_bfloat16)
-            some_rows<8, uint16_t>(w, x, step, y, threads);
-#endif
+template <class Few, class Many>
+void multiply(const Weight& w, Rows r, int threads) {
+    const int64_t rows = r.count, size = r.type == FLOAT32 ? 4 : 2;
+    for (int64_t done = 0; done < rows; done += SLAB) {
+        r.count = rows - done < SLAB ? rows - done : SLAB;
+        if (r.count == 1)
+            sweep<Few, 1>(w, r, threads);
+        else if (r.count <= 4)
+            sweep<Few, 4>(w, r, threads);
         else
-            some_rows<8, float>(w, x, step, y, threads);
-        x += step * w.in_features, y += step * w.out_features, rows -= step;
+            sweep<Many, MANY>(w, r, threads);
+        ragged(w, r);
+        r.x = static_cast<const char*>(r.x) + SLAB * w.in_features * size;
+        r.y = static_cast<char*>(r.y) + SLAB * w.out_features * size;
     }
 }
 
@@ -293,10 +285,10 @@ INLINE void store_block(const Words* block, const Floats scale, const Floats zer
         } else {
 #if defined(__AVX512BF16__)
             const __m256bh rounded = _mm512_cvtneps_pbh((__m512)values);
-            std::memcpy(out + POSITION * stride, &rounded, sizeof(rounded));
 #else
-            for (int lane = 0; lane < LANES; ++lane) out[POSITION * stride + lane] = to_bfloat16(values[lane]);
+            const Halves rounded = to_bfloat16(values);
 #endif
+            std::memcpy(out + POSITION * stride, &rounded, sizeof(rounded));
         }
         store_block<POSITION + 1>(block, scale, zero, out, stride, count);
     }
@@ -304,7 +296,7 @@ INLINE void store_block(const Words* block, const Floats scale, const Floats zer
 
 template <class T>
 void slice(const Weight& w, T* out, int64_t begin, int64_t end, int threads) {
-    const int64_t width = end - begin, whole = width / LANES * LANES, per_group = w.group_size / 32;
+    const int64_t width = end - begin, whole = width / LANES * LANES, per_group = w.group_size / BLOCK;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t b = 0; b < w.blocks(); ++b) {
         const int64_t group = b / per_group;
@@ -321,10 +313,7 @@ void slice(const Weight& w, T* out, int64_t begin, int64_t end, int threads) {
             parameters_at(w, group, begin + n, &scale, &zero);
             for (int i = 0; i < count; ++i) {
                 const float value = (code_at(w, 32 * b + i, begin + n) - zero) * scale;
-                if constexpr (sizeof(T) == 4)
-                    rows[i * width + n] = value;
-                else
-                    rows[i * width + n] = to_bfloat16(value);
+                store_number(rows, i * width + n, sizeof(T) == 4 ? FLOAT32 : BFLOAT16, value);
             }
         }
     }
@@ -334,16 +323,39 @@ void slice(const Weight& w, T* out, int64_t begin, int64_t end, int threads) {
 
 extern "C" {
 
-// y (rows, N) = x (rows, K) times W transposed, both float32. `is_bfloat16` says that x holds bfloat16 values.
-void d2quant_products(const Weight* w, const float* x, int64_t rows, int is_bfloat16, float* y, int threads) {
-    all_rows(*w, x, rows, is_bfloat16, y, threads);
+// y (rows, N) = x (rows, K) times W transposed, plus a bias (N) unless it is null, all of one type: float32 or bfloat16.
+// `rounds` says that x is rounded to eight bits.
+void d2quant_products(const uint32_t* words, const void* scales, const uint32_t* zero_points, int scale_type,
+                      int64_t in_features, int64_t out_features, int64_t group_size, const void* x, const void* bias,
+                      void* y, int type, int64_t rows, int rounds, int threads) {
+    const Weight w{words, scales, zero_points, scale_type, in_features, out_features, group_size};
+    const Rows r{x, bias, y, type, rows};
+    if (rounds) return multiply<Quad, Quad>(w, r, threads);
+#if defined(__AVX512BF16__)
+    if (type == BFLOAT16) return multiply<Single, Pair>(w, r, threads);
+#endif
+    multiply<Single, Single>(w, r, threads);
+}
+
+// Up to so many rows of a type, products with packed words take less time than rebuilding W for a matrix product.
+int d2quant_few_rows(int type) {
+#if defined(__AVX512BF16__)
+    return type == FLOAT32 ? 1 << 30 : 64;
+#elif defined(__AVX512F__)
+    return type == FLOAT32 ? 1 << 30 : 32;
+#else
+    return type == FLOAT32 ? 16 : 8;
+#endif
 }
 
 // out (K, end - begin), in float32 or bfloat16: outputs `begin` to `end` of W transposed.
-void d2quant_slice(const Weight* w, void* out, int is_bfloat16, int64_t begin, int64_t end, int threads) {
-    if (is_bfloat16)
-        slice(*w, static_cast<uint16_t*>(out), begin, end, threads);
+void d2quant_slice(const uint32_t* words, const void* scales, const uint32_t* zero_points, int scale_type,
+                   int64_t in_features, int64_t out_features, int64_t group_size, void* out, int type, int64_t begin,
+                   int64_t end, int threads) {
+    const Weight w{words, scales, zero_points, scale_type, in_features, out_features, group_size};
+    if (type == BFLOAT16)
+        slice(w, static_cast<uint16_t*>(out), begin, end, threads);
     else
-        slice(*w, static_cast<float*>(out), begin, end, threads);
+        slice(w, static_cast<float*>(out), begin, end, threads);
 }
 }

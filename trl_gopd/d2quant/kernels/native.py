@@ -1,9 +1,10 @@
 """
 Products with packed weights in machine code: `native.cpp`, compiled for this machine at its first use, a library for
-each width.
+each width. Few rows of `x` are multiplied by the packed words themselves; for many, slices of the weight are rebuilt.
 
-It takes a few seconds with GCC or Clang, once: the libraries stay in the user's cache (`$XDG_CACHE_HOME/trl_gopd`,
-`~/.cache/trl_gopd` by default). Without a compiler everything is computed by torch, which is logged once.
+Compiling takes a few seconds with GCC or Clang, once: the libraries stay in the user's cache
+(`$XDG_CACHE_HOME/trl_gopd`, `~/.cache/trl_gopd` by default). Without a compiler everything is computed by torch, which
+is logged once.
 """
 
 import ctypes
@@ -32,31 +33,19 @@ OPTIONS = ("-DNDEBUG", "-O3", "-std=c++17", "-shared", "-fPIC")
 # Tried in this order: Apple's Clang has no OpenMP, and some compilers do not know their processor.
 VARIANTS = (("-march=native", "-fopenmp"), ("-march=native",), ())
 BLOCK = 32  # codes that fill `bits` words; groups consist of whole blocks
-FEW_ROWS = 32  # for more of them, slices of the weight are rebuilt for a matrix product
 SLICE = 2**20  # numbers of such a slice, which stay in the second cache
-PARALLEL = 2**18  # weights from which on threads are worth their start
-SCALE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+REBUILT = (torch.float32, torch.bfloat16)  # dtypes of slices
+PARALLEL = 2**18  # products from which on threads are worth their start
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 logger = logging.getLogger(__name__)
 
 
-class _Weight(ctypes.Structure):
-    _fields_ = [
-        ("words", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("zero_points", ctypes.c_void_p),
-        ("zero_point", ctypes.c_float),
-        ("scale_type", ctypes.c_int32),
-        ("in_features", ctypes.c_int64),
-        ("out_features", ctypes.c_int64),
-        ("group_size", ctypes.c_int64),
-    ]
-
-
 class Settings:
-    """Whether machine code is used in this process, for tests and comparisons."""
+    """How machine code is used in this process. [`set_activation_bits`] sets the second one."""
 
-    enabled = True
+    enabled = True  # for tests and comparisons
+    activation_bits: int | None = None
 
 
 def serves(packed: Packed) -> bool:
@@ -64,40 +53,55 @@ def serves(packed: Packed) -> bool:
     Whether there is machine code for a weight: on a CPU, with scales in at most 32 bits, of an affine or mid-rise
     grid whose groups consist of whole blocks of 32 columns or of all columns. Compiles it, if that is to be done.
     """
-    is_whole = packed.group_size % BLOCK == 0 or packed.group_size >= packed.in_features
+    weight, scales, _, in_features, bits, group_size, grid = packed
     return (
-        Settings.enabled
+        weight.is_cpu
+        and Settings.enabled
+        and (group_size % BLOCK == 0 or group_size >= in_features > 0)
+        and grid != "bitplane"
+        and scales.dtype in TYPES
         and not torch.compiler.is_compiling()
-        and packed.weight.device.type == "cpu"
-        and packed.grid != "bitplane"
-        and is_whole
-        and packed.weight_scale.dtype in SCALE_TYPES
-        and packed.in_features > 0
-        and _library(packed.bits) is not None
+        and _library(bits) is not None
     )
 
 
-def products(x: Tensor, packed: Packed) -> Tensor:
+def multiplies(x: Tensor, packed: Packed) -> bool:
+    """Whether `products` takes these inputs: where there are more rows, slices are faster."""
+    few, width = _library(packed.bits).few_rows.get(x.dtype), packed.in_features
+    if few is None or not x.is_cpu or x.shape[-1] != width:
+        return False
+    return 0 < x.numel() and (x.numel() <= few * width or Settings.activation_bits is not None)
+
+
+def products(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """
-    Products of at most `FEW_ROWS` rows, with sums in float32 and weights that are never rounded.
+    Products of rows with weights that are never rounded, with sums in float32; with `Settings.activation_bits`, of
+    rows that are rounded to eight bits.
 
     Args:
-        x (`torch.Tensor`): `(M, in_features)` in float32, bfloat16 or float16.
+        x (`torch.Tensor`): `(..., in_features)` in float32, bfloat16 or float16.
         packed ([`Packed`]): A weight that [`serves`] accepts.
+        bias (`torch.Tensor`, *optional*): `(out_features,)` in the dtype of `x`, added to the sums.
 
     Returns:
-        `torch.Tensor`: `(M, out_features)` in float32.
+        `torch.Tensor`: `(..., out_features)` in the dtype of `x`.
     """
-    rows = x.detach().to(torch.float32).contiguous()
-    y = rows.new_empty(x.shape[0], packed.weight.shape[1])
-    weight, _kept = _describe(packed)
+    if x.dtype == torch.float16:
+        return products(x.float(), packed, None if bias is None else bias.float()).half()
+    x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    weight, kept = _describe(packed)
+    y = x.new_empty(*x.shape[:-1], kept[0].shape[1])
+    rows = x.numel() // packed.in_features
     _library(packed.bits).d2quant_products(
-        ctypes.byref(weight),
-        ctypes.c_void_p(rows.data_ptr()),
-        ctypes.c_int64(x.shape[0]),
-        ctypes.c_int(x.dtype == torch.bfloat16),
-        ctypes.c_void_p(y.data_ptr()),
-        ctypes.c_int(_threads(packed)),
+        *weight,
+        x.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        TYPES[x.dtype],
+        rows,
+        Settings.activation_bits is not None,
+        _threads(packed, rows),
     )
     return y
 
@@ -113,38 +117,33 @@ def slices(packed: Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]
     weight, _kept = _describe(packed)
     for start in range(0, size, step):
         stop = min(start + step, size)
-        _library(packed.bits).d2quant_slice(
-            ctypes.byref(weight),
-            ctypes.c_void_p(memory.data_ptr()),
-            ctypes.c_int(dtype == torch.bfloat16),
-            ctypes.c_int64(start),
-            ctypes.c_int64(stop),
-            ctypes.c_int(_threads(packed)),
-        )
+        _library(packed.bits).d2quant_slice(*weight, memory.data_ptr(), TYPES[dtype], start, stop, _threads(packed, 1))
         yield slice(start, stop), memory[: (stop - start) * width].view(width, stop - start).T
 
 
-def _describe(packed: Packed) -> tuple[_Weight, list[Tensor]]:
-    """The structure of native.cpp, and what has to stay in memory while it is used."""
-    words, scales = packed.weight.detach().contiguous(), packed.weight_scale.detach().contiguous()
-    zero_points = None if packed.weight_zero_point is None else packed.weight_zero_point.detach().contiguous()
-    is_one_group = packed.group_size >= packed.in_features
-    group_size = -(-packed.in_features // BLOCK) * BLOCK if is_one_group else packed.group_size
-    weight = _Weight(
-        words.data_ptr(),
+def _describe(packed: Packed) -> tuple[tuple[int | None, ...], tuple[Tensor, ...]]:
+    """The arguments of native.cpp that are a weight, and what has to stay in memory while they are used."""
+    weight, scales, zero_points, in_features, _, group_size, _ = packed
+    weight, scales = weight.contiguous(), scales.contiguous()
+    if zero_points is not None:
+        zero_points = zero_points.contiguous()
+    if group_size >= in_features:
+        group_size = -(-in_features // BLOCK) * BLOCK
+    arguments = (
+        weight.data_ptr(),
         scales.data_ptr(),
         None if zero_points is None else zero_points.data_ptr(),
-        (2**packed.bits - 1) / 2,
-        SCALE_TYPES[scales.dtype],
-        packed.in_features,
-        words.shape[1],
+        TYPES[scales.dtype],
+        in_features,
+        weight.shape[1],
         group_size,
     )
-    return weight, [words, scales] if zero_points is None else [words, scales, zero_points]
+    return arguments, (weight, scales) if zero_points is None else (weight, scales, zero_points)
 
 
-def _threads(packed: Packed) -> int:
-    return torch.get_num_threads() if packed.weight.shape[1] * packed.in_features >= PARALLEL else 1
+def _threads(packed: Packed, rows: int) -> int:
+    products = packed.weight.numel() * 32 // packed.bits * rows
+    return torch.get_num_threads() if products >= PARALLEL else 1
 
 
 @functools.cache
@@ -152,7 +151,7 @@ def _library(bits: int) -> Any:
     """The library of a width; `None` if it cannot be compiled or loaded."""
     try:
         _share_threads()
-        return ctypes.CDLL(str(_compiled(bits)))
+        library: Any = ctypes.CDLL(str(_compiled(bits)))
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning(
             "Packed weights of %d bits are multiplied by torch, which is slower, since native.cpp cannot be compiled "
@@ -161,11 +160,22 @@ def _library(bits: int) -> Any:
             error,
         )
         return None
+    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    weight = (pointer, pointer, pointer, number, size, size, size)
+    library.d2quant_products.argtypes = (*weight, pointer, pointer, pointer, number, size, number, number)
+    library.d2quant_slice.argtypes = (*weight, pointer, number, size, size, number)
+    library.d2quant_products.restype = library.d2quant_slice.restype = None
+    library.few_rows = {dtype: library.d2quant_few_rows(TYPES[dtype]) for dtype in REBUILT}
+    library.few_rows[torch.float16] = library.few_rows[torch.float32]  # which it is turned into
+    logger.info("Packed weights of %d bits are multiplied by machine code on the CPU.", bits)
+    return library
 
 
 def _compiled(bits: int) -> Path:
     """The file of a library, which is made if it is not there."""
-    key = "\0".join((SOURCE.read_text(encoding="utf-8"), *OPTIONS, platform.platform(), _processor()))
+    sources = sorted(SOURCE.parent.glob("*.h")) + [SOURCE]
+    texts = [source.read_text(encoding="utf-8") for source in sources]
+    key = "\0".join((*texts, *OPTIONS, platform.platform(), _processor()))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "trl_gopd")
     path = folder / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}-{bits}.so"
     if path.is_file():
