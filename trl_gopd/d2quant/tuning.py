@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from trl_gopd.d2quant.linear import D2QuantLinear
 from trl_gopd.d2quant.topology import Topology
-from trl_gopd.evaluation.logits import head_logits
+from trl_gopd.evaluation.logits import OutputHead
 from trl_gopd.evaluation.resources import return_freed_memory
 
 
@@ -69,6 +69,7 @@ def tune(
         `ValueError`: if the loss is not finite. The parameters are those of the step before then.
     """
     generator = torch.Generator().manual_seed(config.seed)
+    head = None if topology.lm_head is None else OutputHead(model)
     steps = config.tune_epochs * len(starts)
     losses: list[float] = []
     with (
@@ -81,7 +82,7 @@ def tune(
         for _ in range(config.tune_epochs):
             total = 0.0
             for index in torch.randperm(len(starts), generator=generator).tolist():
-                loss = _backward(model, topology, calls, starts[index], full[index])
+                loss = _backward(model, topology, calls, head, starts[index], full[index])
                 if not math.isfinite(loss):
                     raise ValueError(
                         f"The tuning's loss is {loss} for calibration window {index}, in step {bar.n + 1} of {steps}. "
@@ -148,7 +149,14 @@ def _tuned_parameters(topology: Topology) -> Iterator[nn.Parameter]:
                 yield from (p for p in module.parameters(recurse=False) if p.dim() == 1 and p.is_floating_point())
 
 
-def _backward(model: PreTrainedModel, topology: Topology, calls: "BlockCalls", start: Tensor, full: Tensor) -> float:
+def _backward(
+    model: PreTrainedModel,
+    topology: Topology,
+    calls: "BlockCalls",
+    head: OutputHead | None,
+    start: Tensor,
+    full: Tensor,
+) -> float:
     """Adds the gradients of one window's mean loss; returns the loss."""
     hidden = start.to(model.device).requires_grad_(True)  # so that a reentrant checkpoint would have a gradient too
     for block in topology.blocks:
@@ -160,12 +168,12 @@ def _backward(model: PreTrainedModel, topology: Topology, calls: "BlockCalls", s
     leaf = output.detach().requires_grad_(True)
     loss = 0.0
     for part, target_part in zip(leaf.split(CHUNK, dim=1), target.split(CHUNK, dim=1), strict=True):
-        if topology.lm_head is None:
+        if head is None:
             chunk_loss = (part.float() - target_part.float()).square().sum() / target.float().square().sum()
         else:
             with torch.no_grad():
-                expected = head_logits(model, target_part).float().log_softmax(-1)
-            given = head_logits(model, part).float().log_softmax(-1)
+                expected = head(target_part).float().log_softmax(-1)
+            given = head(part).float().log_softmax(-1)
             chunk_loss = F.kl_div(given, expected, log_target=True, reduction="sum") / leaf.shape[1]
         chunk_loss.backward()
         loss += float(chunk_loss.detach())

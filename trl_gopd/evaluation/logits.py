@@ -6,6 +6,7 @@ function that returns the hidden states of that chunk. Everything that a model f
 as scaling or soft-capping, is therefore applied here as well.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 
 def check_windows(windows: Tensor, model: PreTrainedModel) -> None:
@@ -64,21 +64,70 @@ def logits_in_chunks(model: PreTrainedModel, input_ids: Tensor, chunk_size: int)
     Yields:
         `torch.Tensor` of shape `(at most chunk_size, V)`: float32 logits, `B·(T − 1)` rows in total.
     """
-    output = model.base_model(input_ids=input_ids, use_cache=False)
+    output = backbone(model)(input_ids=input_ids, use_cache=False)
     hidden = output.last_hidden_state[:, :-1].flatten(0, 1)
-    ids = input_ids[:, :-1].flatten()
-    for start in range(0, len(hidden), chunk_size):
-        part = slice(start, start + chunk_size)
-        with _backbone_returning(model, type(output)(last_hidden_state=hidden[part].unsqueeze(0))):
-            logits: Tensor = model(input_ids=ids[part].unsqueeze(0), use_cache=False).logits
+    for part in hidden.split(chunk_size):
+        logits = _head_logits(model, output, part.unsqueeze(0))
         yield logits[0].float()
 
 
-def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Returns the logits `(B, T, V)` of last hidden states `(B, T, hidden_size)`. Gradients flow to the states."""
+class OutputHead:
+    """
+    All that a causal language model does behind its backbone, as a function of the last hidden states.
+
+    What the backbone returns beside hidden states differs between families, and their heads read it. A pass of two
+    tokens records it once.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model. Its head is looked up when it is called.
+
+    Raises:
+        `TypeError`: if the head cannot be told from the backbone.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from trl_gopd.evaluation.logits import OutputHead
+
+    >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    >>> OutputHead(LlamaForCausalLM(LlamaConfig(vocab_size=7, **sizes)))(torch.ones(1, 3, 8)).shape
+    torch.Size([1, 3, 7])
+
+    ```
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self._model = model
+        ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+        with torch.no_grad():
+            self._output = backbone(model)(input_ids=ids, use_cache=False)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Returns the logits `(B, T, V)` of last hidden states `(B, T, hidden_size)`. Gradients flow to the states."""
+        return _head_logits(self._model, self._output, hidden)
+
+
+def backbone(model: PreTrainedModel) -> Any:
+    """The part of a causal language model that returns hidden states. Raises a `TypeError` if it has none."""
+    # Where the prefix of a family's checkpoints names no part of the model, `base_model` is the model itself.
+    for part in (model.base_model, model.get_decoder(), getattr(model, "model", model)):
+        if part is not model:
+            return part
+    raise TypeError(
+        f"`model` must have a backbone that returns hidden states, and {type(model).__name__} has none. Pass a causal "
+        "language model of transformers."
+    )
+
+
+def _head_logits(model: PreTrainedModel, output: Any, hidden: Tensor) -> Tensor:
+    """Logits of `hidden` `(B, T, hidden_size)`; all else that the head reads is as in `output`, of the backbone."""
+    output = copy.copy(output)
+    output.last_hidden_state = hidden
     ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-    # This output class has more fields than the others: the head of a mixture of experts also reads router logits.
-    with _backbone_returning(model, MoeModelOutputWithPast(last_hidden_state=hidden)):
+    with _backbone_returning(model, output):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits
 
@@ -87,7 +136,7 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def _backbone_returning(model: PreTrainedModel, output: Any) -> Iterator[None]:
     """Context manager within which the backbone of `model` returns `output` instead of running."""
     # The causal models of OPT and BART call the decoder inside the backbone; all other models call the backbone.
-    modules = {id(module): module for module in (model.base_model, model.get_decoder())}.values()
+    modules = {id(module): module for module in (backbone(model), model.get_decoder()) if module is not model}.values()
     own = [
         (module, vars(module).get("forward")) for module in modules
     ]  # accelerate's hooks set `forward` on the instance
