@@ -21,6 +21,17 @@ SIZES = {
     "eos_token_id": 2,
 }
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ZAMBA2 = {
+    "mamba_d_state": 8,
+    "n_mamba_heads": 8,
+    "mamba_headdim": 8,
+    "mamba_ngroups": 1,
+    "chunk_size": 16,
+    "num_mem_blocks": 1,
+    "num_key_value_heads": 4,
+    "attention_head_dim": 16,
+    "attention_hidden_size": 64,
+}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -29,6 +40,12 @@ VISION = {
     "image_size": 16,
     "patch_size": 8,
 }
+AUTO_CLASSES = (
+    transformers.AutoModelForCausalLM,
+    transformers.AutoModelForImageTextToText,
+    transformers.AutoModelForMultimodalLM,
+)
+# Family: its configuration, and the settings that differ from `SIZES`.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("LlamaConfig", {}),
     "Mistral": ("MistralConfig", {}),
@@ -57,6 +74,29 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"],
             "num_kv_shared_layers": 0,
             "global_head_dim": 8,
+        },
+    ),
+    "Gemma4 (shared keys)": (
+        "Gemma4TextConfig",
+        {
+            "num_hidden_layers": 4,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 16,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "num_kv_shared_layers": 2,
+            "global_head_dim": 8,
+        },
+    ),
+    "Gemma4 (experts)": (
+        "Gemma4TextConfig",
+        EXPERTS
+        | {
+            "hidden_size_per_layer_input": 0,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "num_kv_shared_layers": 0,
+            "global_head_dim": 8,
+            "enable_moe_block": True,
+            "top_k_experts": 2,
         },
     ),
     "Phi3": ("Phi3Config", {}),
@@ -122,21 +162,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "use_mamba_kernels": False,
         },
     ),
-    "Zamba2": (
+    "Zamba2": ("Zamba2Config", ZAMBA2 | {"layers_block_type": ["mamba", "hybrid"]}),
+    "Zamba2 (shared blocks)": (
         "Zamba2Config",
-        {
-            "layers_block_type": ["mamba", "hybrid"],
-            "layer_types": ["mamba", "hybrid"],
-            "mamba_d_state": 8,
-            "n_mamba_heads": 8,
-            "mamba_headdim": 8,
-            "mamba_ngroups": 1,
-            "chunk_size": 16,
-            "num_mem_blocks": 1,
-            "num_key_value_heads": 4,
-            "attention_head_dim": 16,
-            "attention_hidden_size": 64,
-        },
+        ZAMBA2 | {"num_hidden_layers": 3, "layers_block_type": ["hybrid", "mamba", "hybrid"]},
     ),
     "Llava": ("LlavaConfig", {"text": "LlamaConfig", "vision": ("CLIPVisionConfig", VISION)}),
     "Qwen2.5-VL": (
@@ -158,7 +187,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3Config",
         {"text": "Gemma3TextConfig", "vision": ("SiglipVisionConfig", VISION), "mm_tokens_per_image": 4},
     ),
-    "SmolVLM": ("SmolVLMConfig", {"text": "LlamaConfig", "vision": ("SmolVLMVisionConfig", VISION), "scale_factor": 1}),
+    "SmolVLM": (
+        "SmolVLMConfig",
+        {"text": "LlamaConfig", "vision": ("SmolVLMVisionConfig", VISION), "scale_factor": 1},
+    ),
     "Idefics3": (
         "Idefics3Config",
         {"text": "LlamaConfig", "vision": ("Idefics3VisionConfig", VISION), "scale_factor": 1},
@@ -179,47 +211,72 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "Mllama (text)": (
-        "MllamaTextConfig",
+    "Mllama": (
+        "MllamaConfig",
         {
-            "num_hidden_layers": 3,
-            "cross_attention_layers": [1],
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "class": "MllamaForConditionalGeneration",
+            "text": "MllamaTextConfig",
+            "text_settings": {
+                "num_hidden_layers": 3,
+                "cross_attention_layers": [1],
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            "vision": (
+                "MllamaVisionConfig",
+                {
+                    "hidden_size": 16,
+                    "attention_heads": 2,
+                    "intermediate_size": 24,
+                    "num_hidden_layers": 1,
+                    "num_global_layers": 1,
+                    "image_size": 16,
+                    "patch_size": 8,
+                    "vision_output_dim": 32,
+                    "intermediate_layers_indices": [0],
+                    "supported_aspect_ratios": [[1, 1]],
+                },
+            ),
         },
     ),
 }
 
 
-def build_config(family: str, **changes: Any) -> transformers.PretrainedConfig:
-    """Configuration of a tiny model of the family."""
+def build(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> transformers.PreTrainedModel:
+    """
+    Tiny model of the family in evaluation mode, with wide random weights, so that an error in one is seen in the
+    logits, and random norms and biases. `changes` are of the configuration of its text part.
+    """
     name, settings = FAMILIES[family]
     settings = dict(settings)
-    if "text" not in settings:
-        merged = {key: value for key, value in {**SIZES, **settings, **changes}.items() if value is not None}
-        return getattr(transformers, name)(**merged)
-    text = getattr(transformers, settings.pop("text"))(**{**SIZES, **settings.pop("text_settings", {}), **changes})
-    parts: dict[str, Any] = {"text_config": text}
+    cls = settings.pop("class", None)
+    if "text" in settings:
+        config = _config_with_parts(name, settings, changes)
+    else:
+        config = _config(name, settings | changes)
+    torch.manual_seed(0)
+    if cls is None:
+        mappings = (auto._model_mapping for auto in AUTO_CLASSES)
+        cls = next(mapping[type(config)] for mapping in mappings if type(config) in mapping).__name__
+    model = getattr(transformers, cls)._from_config(config, dtype=dtype).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+        else:
+            parameter.data += 0.05 * torch.randn(parameter.shape)
+    return model
+
+
+def _config(name: str, settings: dict[str, Any]) -> transformers.PretrainedConfig:
+    """`None` leaves a setting out, for families that do not accept it."""
+    given = {key: value for key, value in (SIZES | settings).items() if value is not None}
+    return getattr(transformers, name)(**given)
+
+
+def _config_with_parts(name: str, settings: dict[str, Any], changes: dict[str, Any]) -> transformers.PretrainedConfig:
+    parts = {"text_config": _config(settings.pop("text"), settings.pop("text_settings", {}) | changes)}
     if "vision" in settings:
         vision, vision_settings = settings.pop("vision")
         parts["vision_config"] = getattr(transformers, vision)(**vision_settings)
-    if "vision_settings" in settings:
+    elif "vision_settings" in settings:
         parts["vision_config"] = settings.pop("vision_settings")
-    return getattr(transformers, name)(**parts, image_token_id=90, image_token_index=90, audio_token_index=91, **settings)
-
-
-def build(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> transformers.PreTrainedModel:
-    """
-    Tiny model of the family with random weights, norms and biases, in evaluation mode. Weights are wide, so that an
-    error in one of them is seen in the logits.
-    """
-    config = build_config(family, **changes)
-    torch.manual_seed(0)
-    classes = [transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText]
-    classes += [transformers.AutoModelForMultimodalLM] if hasattr(transformers, "AutoModelForMultimodalLM") else []
-    for auto in classes:
-        if type(config) in auto._model_mapping:
-            model = auto.from_config(config, dtype=dtype)
-            break
-    else:
-        raise KeyError(f"No model class for {family}.")
-    return model.eval()
+    return getattr(transformers, name)(**parts, image_token_index=90, audio_token_index=91, **settings)

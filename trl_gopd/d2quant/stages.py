@@ -68,7 +68,9 @@ def quantize_block(block: Block, calls: BlockCalls, streams: Streams, config: D2
     for stage in stages:
         head = stage[0]
         # Made window by window as they are used: those of a whole stage would be the run's largest tensors.
-        inputs: Iterable[Tensor | None] = (calls.capture_input(block, hidden, head) for hidden in streams.quantized)
+        inputs: Iterable[Tensor | None] = (
+            calls.of_window(index).capture_input(block, hidden, head) for index, hidden in enumerate(streams.quantized)
+        )
         hessian = asymmetry = shift = None
         if head in shifted[:1]:
             inputs = list(inputs)  # used twice
@@ -158,10 +160,10 @@ def _run_in_full_precision(
     heads = [stage[0] for stage in stages] if config.rounding == "gptaq" else []
     full_inputs, targets = [], []
     for index, (full, quantized) in enumerate(zip(streams.full, streams.quantized, strict=True)):
-        captured, streams.full[index] = calls.run_and_capture(block, full, heads)
+        captured, streams.full[index] = calls.of_window(index).run_and_capture(block, full, heads)
         full_inputs.append(captured)
         for name in shifted[:1]:
-            target = calls.capture_input(block, quantized, name)
+            target = calls.of_window(index).capture_input(block, quantized, name)
             assert target is not None  # it was found by its being called
             targets.append(target)
     return full_inputs, targets

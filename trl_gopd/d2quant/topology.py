@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .exact_transforms import ScalePair, find_residual_writers, find_scale_pairs, shift_passes
 from .recording import Call, evaluation_mode, noise_like, record_calls
@@ -180,7 +181,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             + " Pass a decoder-only language model."
         )
     name = max(lists, key=lambda name: sum(parameter.numel() for parameter in lists[name].parameters()))
-    if not any(isinstance(module, nn.Linear) for module in lists[name].modules()):
+    if not any(isinstance(module, (nn.Linear, Conv1D)) for module in lists[name].modules()):
         modules = lists[name].modules()
         owners = {type(m).__name__ for m in modules if any(p.ndim > 1 for p in m.parameters(recurse=False))}
         raise ValueError(

@@ -82,7 +82,7 @@ def tune(
         for _ in range(config.tune_epochs):
             total = 0.0
             for index in torch.randperm(len(starts), generator=generator).tolist():
-                loss = _backward(model, topology, calls, head, starts[index], full[index])
+                loss = _backward(model, topology, calls.of_window(index), head, starts[index], full[index])
                 if not math.isfinite(loss):
                     raise ValueError(
                         f"The tuning's loss is {loss} for calibration window {index}, in step {bar.n + 1} of {steps}. "

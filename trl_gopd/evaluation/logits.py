@@ -7,7 +7,7 @@ as scaling or soft-capping, is therefore applied here as well.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -137,17 +137,28 @@ def _backbone_returning(model: PreTrainedModel, output: Any) -> Iterator[None]:
     """Context manager within which the backbone of `model` returns `output` instead of running."""
     # The causal models of OPT and BART call the decoder inside the backbone; all other models call the backbone.
     modules = {id(module): module for module in (backbone(model), model.get_decoder()) if module is not model}.values()
-    own = [
-        (module, vars(module).get("forward")) for module in modules
-    ]  # accelerate's hooks set `forward` on the instance
     calls = []
 
     def forward(*_: Any, **__: Any) -> Any:
         calls.append(True)
         return output
 
+    with forwards_replaced(dict.fromkeys(modules, forward)):
+        yield
+    if not calls:
+        raise TypeError(
+            f"`model` must call its backbone before its head, and {type(model).__name__} does not. Pass a causal "
+            "language model of transformers."
+        )
+
+
+@contextmanager
+def forwards_replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Context manager within which modules run the functions of `forwards` in place of their own `forward`."""
+    # accelerate's hooks set `forward` on the instance
+    own = [(module, vars(module).get("forward")) for module in forwards]
     try:
-        for module in modules:
+        for module, forward in forwards.items():
             module.forward = forward
         yield
     finally:
@@ -155,8 +166,3 @@ def _backbone_returning(model: PreTrainedModel, output: Any) -> Iterator[None]:
             del module.forward
             if before is not None:
                 module.forward = before
-    if not calls:
-        raise TypeError(
-            f"`model` must call its backbone before its head, and {type(model).__name__} does not. Pass a causal "
-            "language model of transformers."
-        )
