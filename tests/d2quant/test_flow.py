@@ -5,13 +5,14 @@ import torch
 from torch import nn
 
 from tests.d2quant.families import FAMILIES, build
-from trl_gopd.d2quant.flow import check_flow
+from trl_gopd.d2quant.flow import check_flow, check_head
+from trl_gopd.d2quant.topology import find_topology
 
 
 REFUSED = {
     "Gemma3n (text)": r"Gemma3nForCausalLM.*`model.layers.0` must be given hidden states .* is given \(\d, 1, 4, 32\)",
-    "Gemma4 (shared keys)": r"Gemma4ForCausalLM.*`model.layers.[123]` .* in its argument `shared_kv_states",
-    "Zamba2 (shared blocks)": r"Zamba2ForCausalLM.*`model.layers.2` shares `shared_transformer.* with `model.layers.0`",
+    "Gemma4 (shared keys)": r"Gemma4ForCausalLM.*`model.layers.[1-3]` .* in its argument `shared_kv_states",
+    "Zamba2 (shared blocks)": r"Zamba2ForCausalLM.*`model.layers.2` shares `shared_.* with `model.layers.0`",
 }
 
 
@@ -68,3 +69,28 @@ class TestCheckFlow:
         assert all(module.training and not module._forward_hooks for module in model.modules())
         assert not any(module._forward_pre_hooks for module in model.modules())
         assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+class TestCheckHead:
+    @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in REFUSED])
+    def test_accepts_a_family(self, family):
+        model = build(family)
+        check_head(model, find_topology(model))
+
+    def test_accepts_a_base_model(self):
+        model = build("Llama").model
+        check_head(model, find_topology(model))
+
+    def test_projection_behind_the_last_block(self):
+        model = build("OPT", word_embed_proj_dim=16)
+        with pytest.raises(ValueError, match=r"OPTForCausalLM.*`final_layer_norm` alone.*`tune_epochs=0`"):
+            check_head(model, find_topology(model))
+
+    def test_head_that_reads_more_than_the_last_hidden_states(self):
+        model = build("Llama")
+        handle = model.lm_head.register_forward_hook(lambda module, args, output: output.tanh())
+        check_head(model, find_topology(model))
+        handle.remove()
+        model.lm_head.register_forward_hook(lambda module, args, output: output + args[0].shape[1])
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM.*logits.*`tune_epochs=0`"):
+            check_head(model, find_topology(model))

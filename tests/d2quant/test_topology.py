@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModel, BartConfig, GPT2Config, GPT2LMHeadModel, PretrainedConfig
+from transformers import AutoModel, BartConfig, PretrainedConfig
 
 from trl_gopd.d2quant.exact_transforms import ScalePair
 from trl_gopd.d2quant.topology import find_blocks, find_topology
@@ -415,8 +415,9 @@ class TestFindTopology:
 
 class TestErrors:
     def test_matrices_that_are_no_linears(self):
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=37, n_embd=24, n_head=4, n_layer=2))
-        with pytest.raises(ValueError, match=r"got GPT2LMHeadModel .*`transformer.h` in Conv1D.*another family"):
+        model = build_family("llama")
+        model.model.layers = nn.ModuleList(nn.Conv1d(24, 24, 1) for _ in range(2))
+        with pytest.raises(ValueError, match=r"got LlamaForCausalLM .*`model.layers` in Conv1d.*another family"):
             find_topology(model)
 
     def test_encoder_decoder(self):

@@ -5,6 +5,7 @@ from transformers import PreTrainedModel
 
 from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.finite import check_finite, largest
+from trl_gopd.d2quant.flow import check_flow, check_head
 from trl_gopd.d2quant.linear import D2QuantLinear
 from trl_gopd.d2quant.stages import linears_to_quantize
 from trl_gopd.d2quant.topology import Topology, find_topology
@@ -18,8 +19,9 @@ def check_model(model: PreTrainedModel, config: D2QuantConfig) -> Topology:
         [`~trl_gopd.d2quant.topology.Topology`]: of the model.
 
     Raises:
-        `TypeError`, `ValueError`: if the model is not one, or is quantized or not in memory, if no linear is left to
-        quantize or one is narrower than a group, or as [`check_numbers`] does.
+        `TypeError`, `ValueError`: if the model is not one, or is quantized or not in memory, if its family cannot be
+        quantized block by block or its head cannot be tuned, if no linear is left to quantize or one is narrower than
+        a group, or as [`check_numbers`] does.
     """
     if any(isinstance(module, D2QuantLinear) for module in model.modules()) or getattr(model, "is_quantized", False):
         raise ValueError(
@@ -31,7 +33,10 @@ def check_model(model: PreTrainedModel, config: D2QuantConfig) -> Topology:
             "`model` must be in memory, and some of its weights are on the meta device: not loaded, or offloaded. "
             "Load it without `device_map='disk'` and with enough memory."
         )
+    check_flow(model)
     topology = find_topology(model)
+    if config.tune_epochs:
+        check_head(model, topology)
     linears = [
         (block, name) for block in topology.blocks for stage in linears_to_quantize(block, config) for name in stage
     ]

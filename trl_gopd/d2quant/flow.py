@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl_gopd.d2quant.recording import evaluation_mode, first_tensor, noise_like
-from trl_gopd.d2quant.topology import find_blocks
-from trl_gopd.evaluation.logits import backbone
+from trl_gopd.d2quant.topology import Topology, find_blocks
+from trl_gopd.evaluation.logits import OutputHead, backbone
 
 
 # Positional and keyword arguments of a block, without the hidden states.
@@ -94,8 +94,7 @@ def check_flow(model: PreTrainedModel) -> None:
     name, modules = find_blocks(model)
     blocks = {f"{name}.{index}": module for index, module in enumerate(modules)}
     _check_parameters(model, blocks)
-    device = model.get_input_embeddings().weight.device
-    input_ids = torch.arange(4, device=device)[None] % model.get_input_embeddings().weight.shape[0]
+    input_ids = _input_ids(model)
     with evaluation_mode(model), torch.no_grad():
         passes = record_blocks(model, blocks, input_ids)
         if not passes:
@@ -127,12 +126,43 @@ def check_flow(model: PreTrainedModel) -> None:
             )
 
 
-def refusal(model: PreTrainedModel, reason: str) -> ValueError:
+@torch.no_grad()
+def check_head(model: PreTrainedModel, topology: Topology) -> None:
+    """
+    Refuses a model whose logits cannot be computed from what leaves the last block: the tuning does so.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): With its weights. It is not changed.
+        topology ([`~trl_gopd.d2quant.topology.Topology`]): Of `model`.
+
+    Raises:
+        `ValueError`: if the final norm of the last block's output is not what the backbone returns, or the logits of
+        it are not those of the model.
+    """
+    remedy = "Leave the tuning out with `tune_epochs=0`"
+    last, input_ids = topology.blocks[-1], _input_ids(model)
+    with evaluation_mode(model):
+        recorded = record_blocks(model, {last.name: last.module}, input_ids)[last.name]
+        hidden: Any = first_tensor(recorded.output)
+        norm = nn.Identity() if topology.final_norm is None else model.get_submodule(topology.final_norm)
+        hidden = norm(hidden)
+        if not _same(hidden, _backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state):
+            reason = "its backbone does more behind the last block than " + (
+                f"`{topology.final_norm.rpartition('.')[2]}` alone" if topology.final_norm else "nothing"
+            )
+            raise refusal(model, reason, remedy)
+        if topology.lm_head is not None:
+            expected = model(input_ids=input_ids, use_cache=False).logits[:, 1:3]
+            given = OutputHead(model)(hidden[:, 1:3])
+            if not torch.allclose(given.float(), expected.float(), rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+                raise refusal(
+                    model, "the logits of a token must depend on its last hidden states alone, and do not", remedy
+                )
+
+
+def refusal(model: PreTrainedModel, reason: str, remedy: str = "Pass a model of another family") -> ValueError:
     """The error for a family that cannot be quantized."""
-    return ValueError(
-        f"{type(model).__name__} (`{model.config.model_type}`) cannot be quantized: {reason}. Pass a model of another "
-        "family."
-    )
+    return ValueError(f"{type(model).__name__} (`{model.config.model_type}`) cannot be quantized: {reason}. {remedy}.")
 
 
 def copied(value: Any) -> Any:
@@ -153,6 +183,11 @@ def _check_parameters(model: PreTrainedModel, blocks: Mapping[str, nn.Module]) -
             other = owners.setdefault(id(parameter), block)
             if other != block:
                 raise refusal(model, f"blocks must not share parameters, and `{block}` shares `{name}` with `{other}`")
+
+
+def _input_ids(model: PreTrainedModel) -> Tensor:
+    weight: Tensor = model.get_input_embeddings().weight
+    return torch.arange(4, device=weight.device)[None] % len(weight)
 
 
 def _backbone(model: PreTrainedModel) -> Any:

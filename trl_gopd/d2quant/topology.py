@@ -92,6 +92,7 @@ class Topology:
         embeddings (`str`): token embeddings.
         final_norm (`str`, *optional*): norm after the last block; some decoders have none.
         lm_head (`str`, *optional*): `None` for a base model.
+        full_precision (`Mapping[str, str]`): matrices of blocks that do not run, and why they are not quantized.
     """
 
     blocks_name: str
@@ -99,6 +100,7 @@ class Topology:
     embeddings: str
     final_norm: str | None
     lm_head: str | None
+    full_precision: Mapping[str, str]
 
 
 def find_topology(model: PreTrainedModel) -> Topology:
@@ -142,7 +144,8 @@ def find_topology(model: PreTrainedModel) -> Topology:
     input_ids = torch.arange(4, device=embeddings.weight.device)[None] % embeddings.weight.shape[0]
     with evaluation_mode(model), torch.no_grad():
         calls = record_calls(model, lambda: model(input_ids=input_ids, use_cache=False))
-        blocks = tuple(_describe_block(names[module], module, calls) for module in modules)
+        running = {call.module for call in calls}
+        blocks = tuple(_describe_block(names[module], module, calls) for module in modules if module in running)
     last_block = max(index for index, call in enumerate(calls) if call.name == blocks[-1].name)
     norms = [call.name for call in calls[last_block:] if _is_norm(call.module)]
     return Topology(
@@ -151,6 +154,13 @@ def find_topology(model: PreTrainedModel) -> Topology:
         embeddings=names[embeddings],
         final_norm=norms[-1] if norms else None,
         lm_head=names.get(model.get_output_embeddings()),
+        full_precision={
+            f"{names[module]}.{name}": "its block does not run in a forward pass of text"
+            for module in modules
+            if module not in running
+            for name, parameter in module.named_parameters()
+            if parameter.ndim > 1
+        },
     )
 
 
@@ -169,10 +179,11 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         )
     kind = type(model).__name__
     layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    decoder = model.get_decoder()  # the part of a model with images or sound that reads text
     lists = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == layers
+        if isinstance(module, nn.ModuleList) and len(module) == layers and module in set(decoder.modules())
     }
     if model.config.is_encoder_decoder or not lists:
         raise ValueError(
