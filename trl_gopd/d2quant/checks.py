@@ -1,8 +1,11 @@
 """What cannot be quantized is refused before anything is changed."""
 
+from contextlib import ExitStack
+
 import torch
 from transformers import PreTrainedModel
 
+from trl_gopd.d2quant.as_linears import make_linears
 from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.finite import check_finite, largest
 from trl_gopd.d2quant.flow import check_flow, check_head
@@ -11,9 +14,15 @@ from trl_gopd.d2quant.stages import linears_to_quantize
 from trl_gopd.d2quant.topology import Topology, find_topology
 
 
-def check_model(model: PreTrainedModel, config: D2QuantConfig) -> Topology:
+def check_model(model: PreTrainedModel, config: D2QuantConfig, undo: ExitStack) -> Topology:
     """
     Refuses a model, or a combination of it with `config`, that cannot be quantized.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model. Its matrices become linears, see `as_linears`; weights stay as they are.
+        config ([`D2QuantConfig`]): How to quantize it.
+        undo (`contextlib.ExitStack`): Is given what makes the model what it was.
 
     Returns:
         [`~trl_gopd.d2quant.topology.Topology`]: of the model.
@@ -33,6 +42,7 @@ def check_model(model: PreTrainedModel, config: D2QuantConfig) -> Topology:
             "`model` must be in memory, and some of its weights are on the meta device: not loaded, or offloaded. "
             "Load it without `device_map='disk'` and with enough memory."
         )
+    undo.callback(make_linears(model, config))
     check_flow(model)
     topology = find_topology(model)
     if config.tune_epochs:

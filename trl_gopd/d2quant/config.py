@@ -50,7 +50,9 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             Dtype of the stored scales: `"float16"`, `"bfloat16"` or `"float32"`.
         modules_to_not_convert (`list[str]`, *optional*):
             Linears of the decoder blocks to leave as they are, by the end of their names, such as `"mlp.down_proj"`
-            or `"layers.0.self_attn.o_proj"`. Embeddings and the head always are.
+            or `"layers.0.self_attn.o_proj"`, or parameters with the matrices of all experts, such as
+            `"mlp.experts.down_proj"`. Embeddings and the head always are. A checkpoint lists all matrices of the
+            blocks that are in full precision.
 
     > Parameters that control the rounding
 
@@ -125,6 +127,9 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             Linears that scale their input, by the end of their names.
         down_modules (`list[str]`, *optional*):
             Linears with the codebook `down_grid`, by the end of their names.
+        expert_parameters (`dict[str, bool]`, *optional*):
+            Parameters with the matrices of all experts that are stored as a linear for each expert, by the end of
+            their names, and whether these matrices are transposed in the parameter.
         integrity (`dict`, *optional*):
             Checksums, and what `config.json` said of the model when it was saved.
 
@@ -176,6 +181,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         bias_modules: list[str] | None = None,
         input_scale_modules: list[str] | None = None,
         down_modules: list[str] | None = None,
+        expert_parameters: dict[str, bool] | None = None,
         integrity: dict[str, Any] | None = None,
         quant_method: str = QUANT_METHOD,
     ):
@@ -211,6 +217,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.bias_modules = bias_modules
         self.input_scale_modules = input_scale_modules
         self.down_modules = down_modules
+        self.expert_parameters = expert_parameters
         self.integrity = integrity
         self.post_init()
 
@@ -341,6 +348,8 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (list, tuple)) and all(type(v) is str for v in value)):
                 raise TypeError(f"`{name}` must be a list of names of linears, got {value!r}. Pass ['mlp.down_proj'].")
+        if not isinstance(self.expert_parameters, (dict, type(None))):
+            raise TypeError(f"`expert_parameters` must be a mapping, got {self.expert_parameters!r}. Leave it out.")
 
     def _check_choices(self, name: str, accepted: tuple[Any, ...]) -> None:
         value = getattr(self, name)

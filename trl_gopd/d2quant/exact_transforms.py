@@ -65,6 +65,27 @@ def find_scale_pairs(
     return tuple(pairs), reasons
 
 
+def find_expert_pairs(
+    calls: Mapping[str, Call], producers: tuple[str, ...], consumers: tuple[str, ...]
+) -> tuple[tuple[ScalePair, ...], dict[str, str]]:
+    """
+    The same for experts that were one parameter: `producers[i]` and `consumers[i]` are linears of one expert. All of
+    them run the same code, and one that is called is tried.
+    """
+    parent = producers[0].rsplit(".", 3)[0]
+    called = [pair for pair in zip(producers, consumers, strict=True) if pair[0] in calls and pair[1] in calls]
+    if parent != consumers[0].rsplit(".", 3)[0] or parent not in calls or not called:
+        return (), {}
+    (name, consumer), mlp = called[0], calls[parent]
+    producer, linear = calls[name].module, calls[consumer].module
+    size = linear.in_features
+    for start in reversed(range(0, producer.out_features, size)):
+        rows = slice(start, start + size)
+        if _scale_passes(mlp, ScalePair(name, consumer, rows), {name: producer}, linear):
+            return tuple(ScalePair(*names, rows) for names in zip(producers, consumers, strict=True)), {}
+    return (), dict.fromkeys(consumers, f"no scale of its input passes through {type(mlp.module).__name__}")
+
+
 def _scale_passes(mlp: Call, pair: ScalePair, producers: Mapping[str, nn.Module], consumer: nn.Linear) -> bool:
     """
     Whether moving scales from `pair.consumer` to `pair.producer` leaves the output as it is. The scales are powers of

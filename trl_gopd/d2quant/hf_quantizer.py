@@ -92,7 +92,6 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
             if checkpoint_files is not None:  # otherwise the caller passes tensors of its own
                 check_tensors(checkpoint_files, self._integrity(), model)
         else:
-            _check_widths(model, self.quantization_config)
             self._tokenizer = _load_tokenizer(model, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
@@ -125,6 +124,8 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return self.quantization_config.integrity
 
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None) -> "PreTrainedModel":
+        from .as_linears import unmake_linears
+
         # `dtype` is a string if it comes from the configuration of a saved model.
         dense_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         packed = list(_packed(model))
@@ -141,8 +142,10 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
             original = name.removesuffix(".base_layer")
             # Trainable, as after loading a dense checkpoint, except for the frozen base of an adapter.
             model.set_submodule(name, module.to_dense(dense_dtype).requires_grad_(name == original))
+            # An expert that was part of a parameter has no linear, and no bias.
             if module.bias is not None and plain.get_submodule(original).bias is None:
                 without_slot.append(original)
+        unmake_linears(model, plain)
         if without_slot:
             logger.warning(
                 f"{len(without_slot)} linears of the dense model have a bias, such as `{without_slot[0]}`, for which "
@@ -172,8 +175,8 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_compileable(self) -> bool:
-        """Whether generation may compile the model."""
-        return True
+        """Whether generation may compile the model. Experts are called one by one, as many as tokens are sent to."""
+        return not self.quantization_config.expert_parameters
 
 
 def register() -> None:
@@ -270,16 +273,25 @@ def _block_linears(model: "PreTrainedModel") -> dict[str, nn.Linear]:
     from .topology import find_blocks
 
     blocks, modules = find_blocks(model)
+    return {f"{blocks}.{name}": module for name, module in modules.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _dense_matrices(model: "PreTrainedModel") -> set[str]:
+    """What holds matrices in full precision in the decoder blocks: modules with a weight, and other parameters."""
+    from .topology import find_blocks
+
+    blocks, modules = find_blocks(model)
     return {
-        f"{blocks}.{index}.{name}": module
-        for index, block in enumerate(modules)
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
+        f"{blocks}.{name}".removesuffix(".weight")
+        for name, parameter in modules.named_parameters()
+        if parameter.ndim > 1 and not isinstance(modules.get_submodule(name.rpartition(".")[0]), D2QuantLinear)
     }
 
 
 def _describe(model: "PreTrainedModel", config: D2QuantConfig) -> D2QuantConfig:
     """Copy of `config` with the fields that a checkpoint states about itself, and without those of quantizing only."""
+    from .as_linears import find_expert_parameters
+
     linears = _block_linears(model)
     packed = {name: module for name, module in linears.items() if isinstance(module, D2QuantLinear)}
     for name, module in packed.items():
@@ -292,7 +304,12 @@ def _describe(model: "PreTrainedModel", config: D2QuantConfig) -> D2QuantConfig:
     described = copy.deepcopy(config)
     for field in RUNTIME_FIELDS:
         setattr(described, field, None)
-    described.modules_to_not_convert = _ends_of_names(linears.keys() - packed.keys(), linears)
+    dense, experts = _dense_matrices(model), find_expert_parameters(model)
+    described.modules_to_not_convert = _ends_of_names(dense, dense | linears.keys())
+    described.expert_parameters = {
+        end: next(transposed for name, transposed in experts.items() if is_listed(name, [end]))
+        for end in _ends_of_names(experts, dense | experts.keys())
+    } or None
     described.bias_modules = _ends_of_names([n for n, m in packed.items() if m.bias is not None], linears)
     described.input_scale_modules = _ends_of_names(
         [n for n, m in packed.items() if m.input_scale is not None], linears
@@ -314,6 +331,9 @@ def _ends_of_names(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
 
 def _insert_packed(model: "PreTrainedModel", config: D2QuantConfig) -> list[str]:
     """Replaces the linears that the checkpoint stores packed by empty packed ones. Returns their names."""
+    from .as_linears import make_listed_linears
+
+    make_listed_linears(model, config)
     inserted = []
     for name, linear in _block_linears(model).items():
         if config.skips(name):
@@ -329,15 +349,6 @@ def _insert_packed(model: "PreTrainedModel", config: D2QuantConfig) -> list[str]
         model.set_submodule(name, packed)
         inserted.append(name)
     return inserted
-
-
-def _check_widths(model: "PreTrainedModel", config: D2QuantConfig) -> None:
-    for name, linear in _block_linears(model).items():
-        if linear.in_features < config.group_size and not config.skips(name):
-            raise ValueError(
-                f"`group_size` must be at most the width of every linear, got {config.group_size} and `{name}` of "
-                f"{linear.in_features} columns. Lower it, or name the linear in `modules_to_not_convert`."
-            )
 
 
 def _load_tokenizer(model: "PreTrainedModel", config: D2QuantConfig) -> Any:
