@@ -24,6 +24,7 @@ from trl_gopd.d2quant.topology import find_blocks
 
 
 BEGIN, END = "<!-- table of families: begin -->\n", "<!-- table of families: end -->\n"
+HEAD = ["| family | model | decoder blocks | in full precision, or why it is refused |", "|---|---|---|---|"]
 TOKENS = torch.randint(3, 90, (8, 16), generator=torch.Generator().manual_seed(0))
 CALIBRATION = {"dataset": TOKENS, "num_samples": 8, "seq_length": 16}
 CONFIG = {"bits": 3, "group_size": 16, "iterations": 3, "tune_epochs": 1, **CALIBRATION}
@@ -134,7 +135,9 @@ def _wrong_copies(family: str, model: PreTrainedModel, state: dict[str, Tensor])
     expected = logits(loaded)
     loaded.dequantize()
     after = loaded.state_dict()
-    if {name: tensor.shape for name, tensor in after.items()} != {name: tensor.shape for name, tensor in state.items()}:
+    if {name: tensor.shape for name, tensor in after.items()} != {
+        name: tensor.shape for name, tensor in state.items()
+    }:
         wrong.append("`dequantize` does not give back the kinds of its layers")
     elif not torch.allclose(logits(loaded), expected, rtol=0, atol=1e-3 * float(expected.abs().max())):
         wrong.append("it changes when it is dequantized")
@@ -163,10 +166,9 @@ def main() -> None:
     if args.families:
         print("\n".join(lines))
         return
-    head = ["| family | model | decoder blocks | in full precision, or why it is refused |", "|---|---|---|---|"]
     text = args.page.read_text(encoding="utf-8")
     start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
-    args.page.write_text(text[:start] + "\n".join([*head, *lines]) + "\n" + text[stop:], encoding="utf-8")
+    args.page.write_text(text[:start] + "\n".join([*HEAD, *lines]) + "\n" + text[stop:], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def make_linears(model: PreTrainedModel, config: D2QuantConfig) -> Callable[[], 
         `Callable`: puts back what was replaced, as long as no weight has changed.
     """
     with ExitStack() as undo:
+        undo.callback(_announce(model))
         for parent, name, conv in _convolutions(model, config):
             setattr(parent, name, _linear_of(conv))
             undo.callback(setattr, parent, name, conv)
@@ -80,6 +81,23 @@ def unmake_linears(model: PreTrainedModel, plain: PreTrainedModel) -> None:
             join_experts(model.get_submodule(parent), getattr(kinds[parent], "config", None))
         elif isinstance(kinds.get(name), Conv1D) and type(module) is nn.Linear:
             model.set_submodule(name, _convolution_of(module))
+
+
+def _announce(model: PreTrainedModel) -> Callable[[], None]:
+    """
+    Tells the code of a family that its model is quantized, as transformers does when it has loaded one. Some then call
+    layers by whose weight they multiply otherwise. Returns what takes it back.
+    """
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+    told = [config for config in configs if not hasattr(config, "_is_quantized")]
+    for config in told:
+        config._is_quantized = True
+
+    def undo() -> None:
+        for config in told:
+            del config._is_quantized
+
+    return undo
 
 
 def _layouts(model: PreTrainedModel, config: D2QuantConfig) -> dict[nn.Module, dict[str, bool]]:

@@ -35,19 +35,20 @@ class ExpertLinears(nn.Module):
     def __init__(self, linears: Iterable[nn.Linear], transposed: bool):
         super().__init__()
         for index, linear in enumerate(linears):
-            self.add_module(str(index), linear)
+            # PEFT tells linears by the last part of their names, and would take a number for any block.
+            self.add_module(f"expert_{index}", linear)
         self.transposed = transposed
 
     def __len__(self) -> int:
         return len(self._modules)
 
     def __getitem__(self, index: int | Tensor) -> "_Matrix":
-        return _Matrix(self.get_submodule(str(int(index))), self.transposed)
+        return _Matrix(self.get_submodule(f"expert_{int(index)}"), self.transposed)
 
     @property
     def shape(self) -> torch.Size:
         """Of the parameter."""
-        linear = self.get_submodule("0")
+        linear = self.get_submodule("expert_0")
         sizes = (linear.out_features, linear.in_features)
         return torch.Size((len(self), *(reversed(sizes) if self.transposed else sizes)))
 

@@ -272,7 +272,7 @@ def _split_experts(block: nn.Module, calls: Mapping[str, Call]) -> list[tuple[st
     """Linears of experts that were one parameter, a list for each such parameter, in order of execution."""
     order = {name: index for index, name in enumerate(calls)}
     groups = [
-        tuple(f"{name}.{index}" for index in range(len(module)))
+        tuple(f"{name}.{expert}" for expert, _ in module.named_children())
         for name, module in block.named_modules()
         if isinstance(module, ExpertLinears)
     ]
@@ -300,7 +300,7 @@ def _full_precision(block: nn.Module, stages: tuple[Stage, ...], gates: list[str
         if parent in gates:
             reasons[name] = "it weighs experts, with few rows"
         elif isinstance(owner, nn.Linear):
-            reasons[name] = "it does not run in a forward pass of text"
+            reasons[name] = "its layer is not called in a forward pass of text"
         elif parameter.ndim == 2 and hasattr(owner, LINEARS):
             reasons[name] = f"{kind}, a vector for each expert"
         elif parameter.ndim == 2 and parameter.shape[0] in counts:
