@@ -92,6 +92,7 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
             if checkpoint_files is not None:  # otherwise the caller passes tensors of its own
                 check_tensors(checkpoint_files, self._integrity(), model)
         else:
+            _check_widths(model, self.quantization_config)
             self._tokenizer = _load_tokenizer(model, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
@@ -349,6 +350,17 @@ def _insert_packed(model: "PreTrainedModel", config: D2QuantConfig) -> list[str]
         model.set_submodule(name, packed)
         inserted.append(name)
     return inserted
+
+
+def _check_widths(model: "PreTrainedModel", config: D2QuantConfig) -> None:
+    """Refuses linears that read hidden states. Of others it is not known yet whether the model calls them."""
+    hidden_size = getattr(model.config.get_text_config(decoder=True), "hidden_size", 0)
+    for name, linear in _block_linears(model).items():
+        if linear.in_features == hidden_size < config.group_size and not config.skips(name):
+            raise ValueError(
+                f"`group_size` must be at most the width of every linear, got {config.group_size} and `{name}` of "
+                f"{linear.in_features} columns. Lower it, or name the linear in `modules_to_not_convert`."
+            )
 
 
 def _load_tokenizer(model: "PreTrainedModel", config: D2QuantConfig) -> Any:
