@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trl_gopd.d2quant.recording import Call, first_tensor
+from trl_gopd.d2quant.recording import Call, first_tensor, is_close
 
 
 # Where the linears are, in the module that had the parameters. Conversions of checkpoints look for the parameters by
@@ -107,8 +107,7 @@ def find_layout(module: nn.Module, names: list[str], call: Call) -> bool | None:
         finally:
             undo()
         # A grouped product and a loop over experts differ by the order of sums.
-        tolerance = 1e-2 * float(expected.abs().max())
-        if output is not None and torch.allclose(output.float(), expected.float(), rtol=0, atol=tolerance):
+        if output is not None and is_close(output, expected):
             return transposed
     return None
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trl_gopd.d2quant.recording import evaluation_mode, first_tensor, noise_like
+from trl_gopd.d2quant.recording import evaluation_mode, first_tensor, is_close, noise_like
 from trl_gopd.d2quant.topology import Topology, find_blocks
 from trl_gopd.evaluation.logits import OutputHead, backbone
 
@@ -154,7 +154,7 @@ def check_head(model: PreTrainedModel, topology: Topology) -> None:
         if topology.lm_head is not None:
             expected = model(input_ids=input_ids, use_cache=False).logits[:, 1:3]
             given = OutputHead(model)(hidden[:, 1:3])
-            if not torch.allclose(given.float(), expected.float(), rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+            if not is_close(given, expected):
                 raise refusal(
                     model, "the logits of a token must depend on its last hidden states alone, and do not", remedy
                 )
@@ -205,13 +205,20 @@ def _with_noise(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _same(one: Any, other: Any) -> bool:
-    return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    """Whether two tensors have the same bits; NaN is not another number, it is noticed where it can be named."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape):
+        return False
+    return (
+        torch.equal(one, other)
+        or torch.equal(one.isnan(), other.isnan())
+        and torch.equal(one.nan_to_num(), other.nan_to_num())
+    )
 
 
 def _difference(one: Any, other: Any, path: str = "") -> str | None:
     """Where two arguments differ, as `shared_kv_states.0`; `None` if they are equal."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return None if one.shape == other.shape and torch.equal(one, other) else f"`{path}`"
+        return None if _same(one, other) else f"`{path}`"
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         pairs: Iterable[tuple[Any, Any, Any]] = ((k, one.get(k), other.get(k)) for k in one.keys() | other.keys())
     elif isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
