@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import D2QuantConfig, is_listed
-from .experts import LINEARS, expert_parameters, find_layout, join_experts, split_experts
+from .experts import LINEARS, ExpertLinears, expert_parameters, find_layout, join_experts, split_experts
 from .recording import evaluation_mode, record_calls
 from .topology import find_blocks
 
 
 def make_linears(model: PreTrainedModel, config: D2QuantConfig) -> Callable[[], None]:
     """
-    Makes linears of all other matrices in the decoder blocks, those aside that `config` excludes.
+    Makes linears of all other matrices in the decoder blocks, but for those that `config` excludes.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): In full precision, with its weights; changed in place. Its linears
@@ -31,15 +31,15 @@ def make_linears(model: PreTrainedModel, config: D2QuantConfig) -> Callable[[], 
     Returns:
         `Callable`: puts back what was replaced, as long as no weight has changed.
     """
-    with ExitStack() as undo:
-        undo.callback(_announce(model))
+    with ExitStack() as stack:  # an error on the way puts back what was replaced before it
+        stack.callback(_announce(model))
         for parent, name, conv in _convolutions(model, config):
             setattr(parent, name, _linear_of(conv))
-            undo.callback(setattr, parent, name, conv)
+            stack.callback(setattr, parent, name, conv)
         for module, layouts in _layouts(model, config).items():
-            undo.callback(split_experts(module, layouts))
-        return undo.pop_all().close
-    raise AssertionError  # mypy: an `ExitStack` may swallow errors
+            stack.callback(split_experts(module, layouts))
+        undo = stack.pop_all()
+    return undo.close
 
 
 def make_listed_linears(model: PreTrainedModel, config: D2QuantConfig) -> None:
@@ -60,9 +60,9 @@ def find_expert_parameters(model: PreTrainedModel) -> dict[str, bool]:
     """Names of the 3-D parameters that are linears now, as they were in the model, and whether they are transposed."""
     found = {}
     for name, module in model.named_modules():
-        if name.endswith(f".{LINEARS}"):
-            for key, holder in module.named_children():
-                found[f"{name.removesuffix(LINEARS)}{key}"] = bool(holder.transposed)
+        if isinstance(module, ExpertLinears):
+            parent, _, key = name.rpartition(".")
+            found[f"{parent.removesuffix(LINEARS)}{key}"] = module.transposed
     return found
 
 
@@ -76,11 +76,15 @@ def unmake_linears(model: PreTrainedModel, plain: PreTrainedModel) -> None:
     """
     kinds: dict[str, Any] = dict(plain.named_modules())
     for name, module in list(model.named_modules()):
-        if name.rpartition(".")[2] == LINEARS and LINEARS not in dict(kinds[name.rpartition(".")[0]].named_children()):
-            parent = name.rpartition(".")[0]
-            join_experts(model.get_submodule(parent), getattr(kinds[parent], "config", None))
+        if _is_split(module):
+            join_experts(module, getattr(kinds[name], "config", None))
         elif isinstance(kinds.get(name), Conv1D) and type(module) is nn.Linear:
             model.set_submodule(name, _convolution_of(module))
+
+
+def _is_split(module: nn.Module) -> bool:
+    linears = getattr(module, LINEARS, None)
+    return isinstance(linears, nn.ModuleDict) and any(isinstance(each, ExpertLinears) for each in linears.values())
 
 
 def _announce(model: PreTrainedModel) -> Callable[[], None]:
