@@ -10,6 +10,7 @@ MODULES = (
     *("gopd.objective", "gopd.frozen.local", "gopd.trainer", "demo.arithmetic"),
     *("gopd.schedules", "gopd.monitors", "gopd.visualize", "preflight_check.sampling"),
     *("d2quant.packing", "d2quant.linear", "d2quant.topology", "d2quant.config", "d2quant.calibration"),
+    "d2quant.names",
     "evaluation.resources",
 )
 

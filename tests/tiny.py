@@ -4,7 +4,7 @@ import random
 import zlib
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
@@ -31,6 +31,16 @@ def build_tokenizer(extra_tokens: tuple[str, ...] = ()) -> PreTrainedTokenizerFa
         chat_template=CHAT_TEMPLATE,
         padding_side="left",
     )
+
+
+def build_bos_tokenizer() -> PreTrainedTokenizerFast:
+    """The same, but it begins text with a beginning-of-sequence token when it is called, as that of Gemma does."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<|im_start|>"})
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    template = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    tokenizer._tokenizer.post_processor = template
+    return tokenizer
 
 
 def build_model(tokenizer, *, seed: int, hidden_size: int = 32, vocab_size: int = 0, **config) -> LlamaForCausalLM:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.tiny import build_model, build_tokenizer
+from tests.tiny import build_bos_tokenizer, build_model, build_tokenizer
 from trl_gopd.cli.evaluate import main
 from trl_gopd.d2quant.calibration import embedded_text, token_windows
 from trl_gopd.demo.smollm2 import smollm2_path
@@ -87,6 +87,19 @@ class TestNumbers:
         assert result["text"] == "embedded"
         assert result["windows"] == len(token_windows(embedded_text("evaluation"), tokenizer, length))
 
+    @pytest.mark.parametrize(("option", "begins"), [([], True), (["--add-bos-token", "no"], False)])
+    def test_windows_begin_as_the_tokenizer_begins_text(self, models, text, tmp_path, option, begins):
+        folder = shutil.copytree(models / "student", tmp_path / "model")
+        build_bos_tokenizer().save_pretrained(folder)
+        arguments = [str(folder), "--perplexity", str(text), "--json", str(tmp_path / "out.json"), *QUICK, *option]
+        assert main(arguments) == 0
+        windows = token_windows(TEXT, build_bos_tokenizer(), 32, add_bos_token=begins)[:3]
+        assert (windows[:, 0] == build_bos_tokenizer().bos_token_id).all() == begins
+        result = json.loads((tmp_path / "out.json").read_text())
+        # what is predicted, all but the first token of each window, has the first token of the text in it then
+        assert result["perplexity"] == asdict(perplexity(AutoModelForCausalLM.from_pretrained(folder), windows))
+        assert result["add_bos_token"] == ("no" if option else "auto")
+
     def test_dtype(self, models, text, windows, tmp_path):
         json_path = tmp_path / "out.json"
         arguments = [str(models / "student"), "--perplexity", str(text), "--dtype", "bfloat16", *QUICK]
@@ -106,6 +119,13 @@ class TestNumbers:
         # English that it has not learned by heart, nor finds harder than a choice among 50 words each time.
         assert 2 < result["perplexity"]["value"] < 50
         assert result["storage"]["parameters_left"] == 134_515_008
+
+
+def test_damaged_model_is_one_line(models, text, tmp_path, capsys):
+    folder = shutil.copytree(models / "student", tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    told = refusal([folder, "--perplexity", text, *QUICK], capsys).splitlines()
+    assert told[-1].startswith("trl-gopd evaluate: error: ") and "model.safetensors" in told[-1]
 
 
 @pytest.mark.usefixtures("no_model")

@@ -1,6 +1,7 @@
 """`trl-gopd quantize`: a folder that loads anywhere, or one message and nothing written."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -62,6 +63,32 @@ class TestQuantize:
         (tmp_path / "file").write_text("mine")
         assert "not empty; remove it or name another" in refuse(capsys, models / "student", "-o", tmp_path)
         assert (tmp_path / "file").read_text() == "mine"
+
+    @pytest.mark.parametrize(
+        ("arguments", "complaint"),
+        [
+            (["--dataset", "nowhere.txt"], "There is no text file 'nowhere.txt'. `dataset` may be None"),
+            (["--num-samples", "10000"], "`dataset` must have 10000 windows of 512 tokens"),
+            (["--group-size", "48"], "`group_size` must be at most the width of every quantized linear, got 48"),
+            (["--set", 'modules_to_not_convert=["o_prj"]'], "'o_prj'. The nearest name is 'o_proj'"),
+            (
+                ["--preset", "paper", "--group-size", "128"],
+                "`group_size` must be at most the width of every quantized linear, got 128",
+            ),
+            (["--preset", "paper", "--group-size", "16"], "WikiText-2 (Salesforce/wikitext) could not be loaded"),
+        ],
+    )
+    def test_refusal_is_one_line(self, models, tmp_path, arguments, complaint, capsys):
+        told = refuse(capsys, models / "student", "-o", tmp_path / "out", "--group-size", 16, *arguments)
+        assert complaint in told.splitlines()[-1]
+        assert told.splitlines()[-1].startswith("trl-gopd quantize: error: ")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_damaged_model_is_one_line(self, models, tmp_path, capsys):
+        folder = shutil.copytree(models / "student", tmp_path / "model")
+        (folder / "config.json").write_text('{"model_type": "nothing"}')
+        told = refuse(capsys, folder, "-o", tmp_path / "out").splitlines()
+        assert told[-1].startswith("trl-gopd quantize: error: ") and "nothing" in told[-1]
 
     @pytest.mark.parametrize("option", ["-o", "--json", "--figure"])
     def test_folder_that_is_not(self, models, tmp_path, option, capsys):

@@ -2,8 +2,12 @@
 What this package relies on in transformers' quantizers. A failure names what moved, and the file of ours to adapt.
 """
 
+import dataclasses
 import inspect
 import json
+import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +19,10 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from tests.d2quant.families import build
 from tests.tiny import build_model
 from trl_gopd.d2quant.config import D2QuantConfig
+from trl_gopd.d2quant.foreign import WEIGHTS_ENTRY, WEIGHTS_MESSAGE
 from trl_gopd.d2quant.hf_quantizer import D2QuantHfQuantizer
 
 
@@ -246,7 +252,89 @@ def test_names_in_a_checkpoint(tokenizer):
 
 
 def test_code_of_a_checkpoint():
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto
 
-    assert "LlamaForCausalLM" in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), f"{WHERE}hf_quantizer.py"
+    tables = ("MODEL_MAPPING_NAMES", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
+    assert all(hasattr(modeling_auto, table) for table in tables), f"{WHERE}foreign.py"
+    assert modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["llama"] == "LlamaForCausalLM", f"{WHERE}foreign.py"
     assert callable(PreTrainedModel.is_remote_code), f"`is_remote_code` {WHERE}hf_quantizer.py"
+
+
+def test_a_file_of_weights_that_is_none_is_quoted(models, tmp_path):
+    """Before a weight is read."""
+    folder = shutil.copytree(models / "student", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, WEIGHTS_ENTRY: WEIGHTS_MESSAGE}))
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError) as refused:
+        AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
+    assert str(refused.value).endswith(WEIGHTS_MESSAGE), f"`{WEIGHTS_ENTRY}` {WHERE}foreign.py"
+
+
+def test_saving_a_model_saves_its_configuration_once(tokenizer, tmp_path, monkeypatch):
+    saved = []
+    save = transformers.PreTrainedConfig.save_pretrained
+    monkeypatch.setattr(
+        transformers.PreTrainedConfig,
+        "save_pretrained",
+        lambda self, *given, **o: saved.append(given) or save(self, *given, **o),
+    )
+    build_model(tokenizer, seed=1).save_pretrained(tmp_path)
+    assert [len(given) for given in saved] == [1], f"`PreTrainedConfig.save_pretrained` {WHERE}foreign.py"
+    assert os.path.samefile(*saved[0], tmp_path)
+
+
+def test_what_stays_in_float32(tokenizer):
+    model = build_model(tokenizer, seed=1)
+    model._keep_in_fp32_modules_strict = {"norm"}
+    assert model._get_dtype_plan(torch.bfloat16) == {"norm": torch.float32}, f"`_get_dtype_plan` {WHERE}dense.py"
+
+
+def test_sizes_of_ranks():
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    names = {field.name for field in dataclasses.fields(DistributedConfig)}
+    assert {"tp_size", "ep_size", "pp_size", "fsdp_size"} <= names, f"DistributedConfig {WHERE}hf_quantizer.py"
+
+
+def test_ranks_are_seen_before_the_model_is_built(monkeypatch, models):
+    class Seeing(Recording):
+        def update_attn_implementation(self, config):
+            raise RuntimeError(f"saw {config.distributed_config}")
+
+    class Anything(LlamaForCausalLM):
+        @classmethod
+        def prepare_distribute_model(cls, distributed_config, device_map=None):
+            return "ranks", None, SimpleNamespace(get_mesh=lambda names: None)
+
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "d2quant", Seeing)
+    with pytest.raises(RuntimeError, match="saw ranks"):
+        Anything.from_pretrained(models / "student", quantization_config=D2QuantConfig(2, 8), distributed_config="x")
+
+
+def test_families_ask_their_configuration_whether_they_are_quantized():
+    model, calls = build("FalconMamba"), []
+    model.backbone.layers[0].mixer.dt_proj.register_forward_hook(lambda *_: calls.append(1))
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    model(input_ids=ids, use_cache=False)
+    model.config._is_quantized = True
+    model(input_ids=ids, use_cache=False)
+    assert calls == [1], f"`config._is_quantized` {WHERE}as_linears.py"
+
+
+def test_eager_experts_take_one_matrix_at_a_time():
+    class Indexed:
+        def __init__(self, parameter):
+            self.parameter, self.taken = parameter, []
+
+        def __getitem__(self, index):
+            self.taken.append(int(index))
+            return self.parameter[index]
+
+    experts = build("Mixtral").model.layers[0].mlp.experts
+    experts.config._experts_implementation = "eager"
+    given = torch.randn(5, 32), torch.tensor([[0, 2], [2, 0], [0, 2], [2, 0], [0, 2]]), torch.full((5, 2), 0.5)
+    expected, matrices = experts(*given), Indexed(experts._parameters.pop("down_proj").detach())
+    vars(experts)["down_proj"] = matrices
+    assert torch.equal(experts(*given), expected)
+    assert matrices.taken == [0, 2], f"the loop over experts {WHERE}experts.py"

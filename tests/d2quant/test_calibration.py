@@ -1,7 +1,8 @@
 """
-Laws of calibration windows: each is a piece of the joined text, without padding and special tokens; they are drawn
-without replacement, by the seed alone; every form of the same data gives the same windows. The embedded text has two
-parts that share no paragraph. Bad data is refused by value and remedy.
+Laws of calibration windows: each is a piece of the joined text, without padding, behind the beginning-of-sequence
+token if the tokenizer begins text with one; they are drawn without replacement, by the seed alone; every form of the
+same data gives the same windows. The embedded text has two parts that share no paragraph. Bad data is refused by value
+and remedy.
 """
 
 import doctest
@@ -14,7 +15,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tiny import build_tokenizer
+from tests.tiny import build_bos_tokenizer, build_tokenizer
 from trl_gopd.d2quant import calibration
 from trl_gopd.d2quant.calibration import (
     calibration_windows,
@@ -40,6 +41,11 @@ def ids(tokenizer):
     return tokenizer(JOINED, add_special_tokens=False)["input_ids"]
 
 
+@pytest.fixture(scope="module")
+def bos_tokenizer():
+    return build_bos_tokenizer()
+
+
 class TestWindows:
     def test_cover_the_text_in_order_without_its_rest(self, tokenizer, ids):
         windows = token_windows(JOINED, tokenizer, 37)
@@ -52,6 +58,50 @@ class TestWindows:
                 return {"input_ids": [9] * add_special_tokens + [1, 2, 3]}
 
         assert token_windows("abc", Eager(), 3).tolist() == [[1, 2, 3]]
+
+    def test_begin_as_the_tokenizer_begins_text(self, bos_tokenizer, ids):
+        assert bos_tokenizer("ab")["input_ids"][0] == bos_tokenizer.bos_token_id
+        windows = token_windows(JOINED, bos_tokenizer, 37)
+        assert windows.shape == (len(ids) // 36, 37)
+        assert (windows[:, 0] == bos_tokenizer.bos_token_id).all()
+        assert windows[:, 1:].flatten().tolist() == ids[: windows[:, 1:].numel()]
+
+    def test_bos_that_the_tokenizer_has_and_does_not_add(self, ids):
+        tokenizer = build_tokenizer()
+        tokenizer.bos_token = "<|im_start|>"
+        assert token_windows(JOINED, tokenizer, 37).flatten().tolist() == ids[: len(ids) // 37 * 37]
+        assert (token_windows(JOINED, tokenizer, 37, add_bos_token=True)[:, 0] == tokenizer.bos_token_id).all()
+
+    def test_bos_can_be_left_out(self, bos_tokenizer, tokenizer):
+        windows = token_windows(JOINED, bos_tokenizer, 37, add_bos_token=False)
+        assert torch.equal(windows, token_windows(JOINED, tokenizer, 37))
+
+    def test_bos_of_the_text_is_not_doubled(self, bos_tokenizer):
+        """Chat templates render it, before each conversation."""
+        bos = bos_tokenizer.bos_token_id
+        windows = token_windows("<|im_start|>abc<|im_start|>defgh", bos_tokenizer, 4)
+        letters = dict(zip("abcdefgh", bos_tokenizer("abcdefgh", add_special_tokens=False)["input_ids"], strict=True))
+        assert windows.tolist() == [[bos, *map(letters.get, part)] for part in ("abc", "def")]
+
+    def test_no_bos_to_add(self, tokenizer):
+        with pytest.raises(
+            ValueError, match="`add_bos_token` must be False for .* `bos_token`, got True. Leave it out"
+        ):
+            token_windows(JOINED, tokenizer, 37, add_bos_token=True)
+
+    @pytest.mark.parametrize("add_bos_token", [None, True, False])
+    def test_drawn_windows_begin_alike(self, bos_tokenizer, add_bos_token):
+        drawn = calibration_windows(
+            TEXTS, bos_tokenizer, num_samples=5, seq_length=37, seed=1, add_bos_token=add_bos_token
+        )
+        windows = token_windows(JOINED, bos_tokenizer, 37, add_bos_token=add_bos_token)
+        assert torch.equal(drawn, windows[torch.randperm(len(windows), generator=seeded(1))[:5]])
+        assert (drawn[:, 0] == bos_tokenizer.bos_token_id).all() == (add_bos_token is not False)
+
+    def test_token_ids_are_used_as_they_are(self, bos_tokenizer):
+        rows = torch.arange(5, 17).view(2, 6)
+        drawn = calibration_windows(rows, bos_tokenizer, num_samples=2, seq_length=6, seed=0, add_bos_token=True)
+        assert sorted(drawn.tolist()) == rows.tolist()
 
     def test_long_text_is_not_warned_about(self, monkeypatch):
         tokenizer = build_tokenizer()

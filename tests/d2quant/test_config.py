@@ -40,6 +40,7 @@ OTHER = {
     "tune_learning_rate": 1e-3,
     "num_samples": 128,
     "seq_length": 2048,
+    "add_bos_token": False,
     "seed": 7,
     "bias_modules": ["mlp.gate_proj", "mlp.up_proj"],
     "input_scale_modules": ["mlp.fc2"],
@@ -79,6 +80,12 @@ class TestFields:
     def test_dtype_of_torch_is_accepted(self):
         assert D2QuantConfig(scale_dtype=torch.bfloat16).scale_dtype == "bfloat16"
 
+    def test_one_group_for_each_row(self):
+        assert [D2QuantConfig(group_size=-1).group_size_of(width) for width in (32, 96)] == [32, 96]
+        assert D2QuantConfig(group_size=16).group_size_of(96) == 16
+        rotations = [D2QuantConfig(group_size=size, rotation="group").rotation_size for size in (-1, 16)]
+        assert rotations == [None, 16]
+
     @pytest.mark.parametrize("bits", [2, 3])
     def test_bitplanes_take_two_or_three_bits(self, bits):
         assert D2QuantConfig(bits, grid="bitplane").bits == bits
@@ -92,8 +99,8 @@ class TestErrors:
             ("bits", 5, "one of 2, 3, 4, 8, got 5"),
             ("bits", True, "got True"),
             ("bits", 2.0, "got 2.0"),
-            ("group_size", 0, "at least 1, got 0. For one group a row, pass the width"),
-            ("group_size", -1, "got -1. For one group a row"),
+            ("group_size", 0, "at least 1, got 0. -1 is one group for each row"),
+            ("group_size", -2, "got -2. -1 is one group for each row"),
             ("grid", "nf4", "one of 'affine', 'midrise', 'bitplane', got 'nf4'"),
             ("down_grid", "nf4", "one of None, 'affine', 'midrise', 'bitplane', got 'nf4'"),
             ("scale_dtype", "int8", "one of 'float16', 'bfloat16', 'float32', got 'int8'"),
@@ -113,11 +120,16 @@ class TestErrors:
             ("seq_length", 1, "at least 2, got 1. GPTQ uses 2048"),
             ("seed", -1, "at least 0, got -1. Use 0"),
             ("format_version", 0, "2, got 0. Leave it out"),
+            (
+                "modules_to_not_convert",
+                ["*proj"],
+                r"names or regular expr.*got '\*proj', which is none: nothing to rep",
+            ),
             ("quant_method", "gptq", "'d2quant', got 'gptq'. Use the class of that method"),
         ],
     )
     def test_value_and_remedy_are_named(self, field, value, remedy):
-        with pytest.raises(ValueError, match=f"`{field}` must be .*{remedy}"):
+        with pytest.raises(ValueError, match=f"`{field}` must (be|hold) .*{remedy}"):
             D2QuantConfig(**{field: value})
 
     @pytest.mark.parametrize(
@@ -127,6 +139,8 @@ class TestErrors:
             ("num_samples", "16", "an integer, at least 1, got '16'"),
             ("alpha", "0.25", r"a number in \[0, 1\], got '0.25'"),
             ("mean_shift", 1, "True or False, got 1"),
+            ("add_bos_token", 1, "None, True or False, got 1. None does as the tokenizer does"),
+            ("add_bos_token", "auto", "None, True or False, got 'auto'"),
             ("modules_to_not_convert", "down_proj", r"a list of names of linears, got 'down_proj'. Pass \["),
             ("bias_modules", [1], r"a list of names of linears, got \[1\]"),
         ],
@@ -200,6 +214,7 @@ class TestPresets:
         "num_samples": 128,
         "seq_length": 2048,
         "tune_epochs": 0,
+        "dataset": "wikitext2",
     }
 
     @pytest.mark.parametrize("bits", [2, 3])
@@ -227,13 +242,30 @@ class TestNames:
             ("layers.3.mlp.down_proj", "model.layers.3.mlp.down_proj", True),
             ("layers.3.mlp.down_proj", "model.layers.13.mlp.down_proj", False),
             ("own_proj", "model.layers.3.mlp.down_proj", False),
-            ("mlp", "model.layers.3.mlp.down_proj", False),
+            # sub-modules
+            ("mlp", "model.layers.3.mlp.down_proj", True),
+            ("layers.3", "model.layers.3.mlp.down_proj", True),
+            ("layers.3", "model.layers.33.mlp.down_proj", False),
+            ("layers.3.", "model.layers.3.mlp.down_proj", True),
+            ("model.layers.3", "model.layers.3.mlp.down_proj", True),
+            ("model.layers.3.mlp", "model.layers.3.self_attn.k_proj", False),
+            ("lm_head", "model.layers.3.mlp.down_proj", False),
+            ("", "model.layers.3.mlp.down_proj", False),
+            # regular expressions, of whole names or of names of sub-modules
+            (".*down_proj", "model.layers.3.mlp.down_proj", True),
+            (r".*\.mlp", "model.layers.3.mlp.down_proj", True),
+            (r".*\.ml", "model.layers.3.mlp.down_proj", False),
+            (r"model\.layers\.[0-3]\.", "model.layers.3.mlp.down_proj", True),
+            (r"model\.layers\.[0-3]\.", "model.layers.33.mlp.down_proj", False),
+            (r"layers\.[0-3]\.", "model.layers.3.mlp.down_proj", False),
+            ("mlp.(up|down)_proj", "model.layers.3.mlp.down_proj", False),
+            (".*mlp.(up|down)_proj", "model.layers.3.mlp.down_proj", True),
             # saved with a head, read as a base model
             ("model.layers.3.mlp.down_proj", "layers.3.mlp.down_proj", True),
             ("model.layers.13.mlp.down_proj", "layers.3.mlp.down_proj", False),
         ],
     )
-    def test_skips_by_the_end_of_the_name(self, listed, name, skipped):
+    def test_skips_by_name_or_pattern(self, listed, name, skipped):
         assert D2QuantConfig(modules_to_not_convert=["q_proj", listed]).skips(name) is skipped
 
     def test_nothing_is_skipped_by_default(self):

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ from tests.d2quant.families import build
 from tests.tiny import build_model
 from trl_gopd.d2quant import integrity, pipeline
 from trl_gopd.d2quant.config import D2QuantConfig
-from trl_gopd.d2quant.hf_quantizer import mark_quantized, save_quantized
+from trl_gopd.d2quant.hf_quantizer import D2QuantHfQuantizer, mark_quantized, save_quantized
 from trl_gopd.d2quant.linear import D2QuantLinear
 from trl_gopd.d2quant.quantize import quantize_model
 from trl_gopd.d2quant.rounding import round_weight
@@ -272,8 +273,25 @@ class TestReload:
         AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
         assert_same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
         assert (tmp_path / FILE).read_bytes() == (folder / FILE).read_bytes()
-        # and refers to no code, since none is saved along
-        assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+        # with the code that `trust_remote_code=True` runs
+        assert (tmp_path / "modeling_d2quant.py").read_bytes() == (folder / "modeling_d2quant.py").read_bytes()
+        assert (tmp_path / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+    def test_dense_model_is_saved_without_a_word_of_it(self, saved, tmp_path):
+        dense = AutoModelForCausalLM.from_pretrained(saved[1]).dequantize()
+        dense.save_pretrained(tmp_path)
+        assert not (tmp_path / "modeling_d2quant.py").exists()
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert not {"auto_map", "transformers_weights", "quantization_config"} & config.keys()
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(dense))
+
+    def test_saving_leaves_the_configuration(self, saved, tmp_path):
+        model, _ = saved
+        before = model.config.to_dict()
+        model.save_pretrained(tmp_path / "a")
+        model.save_pretrained(tmp_path / "b", is_main_process=False)
+        assert model.config.to_dict() == before
+        assert not (tmp_path / "b" / "modeling_d2quant.py").exists()
 
     @pytest.mark.parametrize(("version", "remedy"), [(3, "newer trl_gopd.* Upgrade"), (1, "Quantize the model")])
     def test_other_formats_are_refused(self, folder, version, remedy):
@@ -293,11 +311,6 @@ class TestDequantize:
         want = logits(model)
         # float32 in another order of summation: at most a few dozen roundings in a row
         assert (logits(dense) - want).abs().max() <= 64 * torch.finfo(torch.float32).eps * want.abs().max()
-
-    def test_bias_without_a_place_is_said(self, saved, caplog, monkeypatch):
-        monkeypatch.setattr(transformers.logging.get_logger("transformers"), "propagate", True)
-        AutoModelForCausalLM.from_pretrained(saved[1]).dequantize()
-        assert "4 linears of the dense model have a bias, such as `model.layers.0.mlp.gate_proj`" in caplog.text
 
     def test_dtype(self, saved):
         dense = AutoModelForCausalLM.from_pretrained(saved[1], dtype=torch.bfloat16).dequantize()
@@ -393,6 +406,10 @@ class TestOnTheFly:
                 {"group_size": 48},
                 "`group_size` must be .*, got 48 and `model.layers.0.self_attn.q_proj` of 32 columns",
             ),
+            (
+                {"modules_to_not_convert": ["down_prj"]},
+                "is called, 'down_prj'. The nearest name is 'down_proj'",
+            ),
             ({"tokenizer": "nowhere/to-be-found"}, "needs a tokenizer, and none could be loaded from 'nowhere/to-be"),
         ],
     )
@@ -451,6 +468,31 @@ class TestOnTheFly:
     def test_one_device_is_accepted(self, calls, models, config):
         model = AutoModelForCausalLM.from_pretrained(models / "student", quantization_config=config, device_map="cpu")
         assert len(packed(model)) == 13
+
+
+class TestParallel:
+    """What a rank would hold of packed words, cut along their rows, is no part of the weight."""
+
+    @pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"ep_size": 2}, {"tp_size": 2, "ep_size": 2}])
+    def test_cut_layers_are_refused(self, saved, sizes):
+        distributed = SimpleNamespace(**{"tp_size": 1, "ep_size": 1, "fsdp_size": 2, "pp_size": 1} | sizes)
+        config = AutoConfig.from_pretrained(saved[1])
+        config.distributed_config = distributed
+        first, value = next(iter(sizes.items()))
+        with pytest.raises(ValueError, match=f"`{first}` must be 1 for packed weights, .*got {value}. .*`device_map"):
+            D2QuantHfQuantizer(saved[0].config.quantization_config).update_attn_implementation(config)
+
+    @pytest.mark.parametrize("size", ["tp_size", "ep_size", "fsdp_size", "pp_size"])
+    def test_quantizing_on_ranks_is_refused(self, config, models, size):
+        model_config = AutoConfig.from_pretrained(models / "student")
+        model_config.distributed_config = SimpleNamespace(**{size: 2})
+        with pytest.raises(ValueError, match=f"`{size}` must be 1 while a model is quantized, got 2"):
+            D2QuantHfQuantizer(config, pre_quantized=False).update_attn_implementation(model_config)
+
+    def test_one_rank_is_accepted(self, saved, config):
+        model_config = AutoConfig.from_pretrained(saved[1])
+        model_config.distributed_config = SimpleNamespace(tp_size=1, ep_size=None, fsdp_size=2, pp_size=1)
+        D2QuantHfQuantizer(saved[0].config.quantization_config).update_attn_implementation(model_config)
 
 
 class TestDamage:
@@ -657,6 +699,11 @@ class TestEditedConfiguration:
         ):
             AutoModelForCausalLM.from_pretrained(folder)
 
+    @pytest.mark.parametrize("file", ["another text", 3, None, ["x"], FILE])
+    def test_file_of_weights_that_is_none(self, saved, folder, file):
+        edit_config(folder, lambda config: config.update(transformers_weights=file))
+        assert_same(AutoModelForCausalLM.from_pretrained(folder), saved[0])
+
     @pytest.mark.parametrize("references", [[], ["x"], {"AutoModel": None}])
     def test_code_that_is_not_named(self, saved, folder, references):
         edit_config(folder, lambda config: config.update(auto_map=references))
@@ -801,13 +848,17 @@ class TestForeignProcess:
 import sys, torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-folder, ids, want, again = sys.argv[1], *torch.load(sys.argv[2]), sys.argv[3]
-try:
-    AutoModelForCausalLM.from_pretrained(folder)
-except RuntimeError as error:
-    assert "ignore_mismatched_sizes" in str(error), error
-else:
-    raise SystemExit("it loaded a model that it cannot know")
+*folders, want, again = sys.argv[1:]
+ids, want = torch.load(want)
+options = ({}, {"ignore_mismatched_sizes": True}, {"trust_remote_code": False}, {"dtype": "bfloat16"})
+for auto_class, folder in zip((AutoModelForCausalLM, AutoModelForCausalLM, AutoModel), folders, strict=True):
+    for given in options:
+        try:
+            auto_class.from_pretrained(folder, **given)
+        except ValueError as error:
+            assert str(error).endswith("run `import trl_gopd` first, or pass `trust_remote_code=True`"), error
+        else:
+            raise SystemExit(f"it loaded a model that it cannot know, with {given}")
 from transformers.quantizers import auto
 assert "trl_gopd" not in sys.modules and "d2quant" not in auto.AUTO_QUANTIZER_MAPPING
 
@@ -827,9 +878,12 @@ assert "modeling_d2quant" in type(base).__module__, type(base).__module__
 
     def test_refuses_or_trusts(self, saved, tmp_path):
         model, folder = saved
+        model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+        model.save_pretrained(tmp_path / "plain")
+        folders = [folder, tmp_path / "shards", tmp_path / "plain"]
         torch.save((IDS, logits(model)), tmp_path / "want.pt")
         result = subprocess.run(
-            [sys.executable, "-c", self.CODE, str(folder), str(tmp_path / "want.pt"), str(tmp_path / "again")],
+            [sys.executable, "-c", self.CODE, *map(str, [*folders, tmp_path / "want.pt", tmp_path / "again"])],
             env={
                 **os.environ,
                 "HF_MODULES_CACHE": str(tmp_path / "modules"),
@@ -890,10 +944,6 @@ class TestAdapters:
         again = AutoModelForCausalLM.from_pretrained(saved[1])
         again.load_adapter(str(tmp_path))
         assert torch.equal(logits(again), logits(model))
-
-    def test_merging_into_packed_words_fails(self, model):
-        with pytest.raises(RuntimeError):
-            model.merge_and_unload()
 
     def test_merging_after_dequantizing_is_exact(self, model):
         want = logits(model)

@@ -144,15 +144,15 @@ class TestD2QuantLinear:
         twin.weight.data.zero_()
         assert not same(twin, layer)
 
-    def test_cast_changes_floats_alone(self):
+    def test_cast_changes_the_bias_alone(self):
         layer = every_part()
         dtypes = {name: value.dtype for name, value in copy.deepcopy(layer).to(torch.bfloat16).state_dict().items()}
         assert dtypes == {
             "weight": torch.int32,
-            "weight_scale": torch.bfloat16,
+            "weight_scale": torch.float16,
             "weight_zero_point": torch.int32,
             "bias": torch.bfloat16,
-            "input_scale": torch.bfloat16,
+            "input_scale": torch.float16,
         }
 
     def test_initialization_leaves_values(self, tokenizer):
@@ -243,7 +243,7 @@ class TestAdapter:
 
     def test_merging_fails(self, model):
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(RuntimeError, match="The size of tensor a .* must match"):
+        with pytest.raises(ValueError, match="cannot be merged into packed weights.* `model.dequantize"):
             model.merge_and_unload()
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -10,6 +10,7 @@ Laws of the block loop:
 import copy
 import gc
 import json
+import re
 import shutil
 import weakref
 from dataclasses import asdict
@@ -19,15 +20,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaConfig, LlamaModel, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, OPTConfig, OPTForCausalLM
 
 import trl_gopd
-from tests.tiny import build_model
+from tests.tiny import build_bos_tokenizer, build_model, build_tokenizer
 from trl_gopd.d2quant import pipeline, report, stages, tuning, workdir
 from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.linear import D2QuantLinear
 from trl_gopd.d2quant.quantize import quantize_model
 from trl_gopd.d2quant.report import Report
+from trl_gopd.d2quant.streams import BlockCalls
 
 
 EPS = torch.finfo(torch.float32).eps
@@ -171,6 +173,21 @@ class TestQuantizeModel:
         assert torch.equal(model.model.layers[0].mlp.down_proj.weight, weight)
         assert len(packed(model)) == 14 - 3
 
+    @pytest.mark.parametrize(
+        ("entries", "count"),
+        [
+            (["layers.0"], 7),
+            (["self_attn"], 6),
+            (["lm_head", "model.layers.1.mlp"], 11),
+            ([".*down_proj", "embed_tokens"], 12),
+        ],
+    )
+    def test_sub_modules_and_patterns_can_be_left(self, model, tmp_path, entries, count):
+        quantize_model(model, None, config(modules_to_not_convert=entries))
+        assert len(packed(model)) == count
+        model.save_pretrained(tmp_path)
+        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
     def test_column_scale_without_an_exact_place_scales_the_input(self):
         torch.manual_seed(0)
         model = OPTForCausalLM(
@@ -191,6 +208,27 @@ class TestQuantizeModel:
             "model.decoder.layers.0.fc2"
         ]
         assert any("scales its input" in note for note in report.notes)
+
+    @pytest.mark.parametrize("add_bos_token", [None, False])
+    def test_windows_of_text_begin_as_the_configuration_says(self, model, monkeypatch, add_bos_token):
+        tokenizer, seen = build_bos_tokenizer(), []
+        record = BlockCalls.record
+        monkeypatch.setattr(BlockCalls, "record", lambda *given: seen.append(given[-1]) or record(*given))
+        text = ["some words, and then others " * 20]
+        quantize_model(model, tokenizer, config(dataset=text, add_bos_token=add_bos_token, rounding="rtn"))
+        assert (seen[0][:, 0] == tokenizer.bos_token_id).all() == (add_bos_token is None)
+
+    @pytest.mark.parametrize("grid", ["affine", "bitplane"])
+    def test_one_group_for_each_row(self, model, tmp_path, grid):
+        settings = {"group_size": -1, "grid": grid, "rotation": "group", "column_scale": True}
+        report = quantize_model(model, None, config(work_dir=str(tmp_path / "work"), **settings))
+        assert {module.weight_scale.shape[-2] for module in packed(model).values()} == {1}
+        assert {entry.group_size for entry in report.linears} == {32, 64}
+        model.save_pretrained(tmp_path / "saved")
+        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), model)
+        resumed = build_model(build_tokenizer(), seed=1)
+        quantize_model(resumed, None, config(work_dir=str(tmp_path / "work"), **settings))
+        assert_same(resumed, model)
 
     def test_tied_embeddings_stay_tied(self, tokenizer):
         model = build_model(tokenizer, seed=1, tie_word_embeddings=True)
@@ -465,6 +503,22 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"'down_proj'.*leaves no linear layer"):
             quantize_model(model, None, config(modules_to_not_convert=names))
 
+    @pytest.mark.parametrize(
+        ("entry", "nearest"),
+        [
+            ("mlp.down_prj", "mlp.down_proj"),
+            ("layers.9", "layers.[01]"),
+            ("self_atn", "self_attn"),
+            ("model.layers.0.mlp.gate", "model.layers.0.mlp.gate_proj"),
+            (r".*down_prj", ".*"),
+        ],
+    )
+    def test_name_that_no_module_has(self, model, entry, nearest):
+        complaint = f"nothing in the model is called, {re.escape(repr(entry))}. The nearest .* '{nearest}'"
+        with pytest.raises(ValueError, match=complaint):
+            quantize_model(model, None, config(modules_to_not_convert=["o_proj", entry]))
+        assert not packed(model)
+
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_weight_that_is_not_finite(self, model, value):
         name = "model.layers.1.mlp.up_proj.weight"
@@ -486,7 +540,7 @@ class TestBadInput:
     def test_rotated_weight_that_is_not_finite(self, model):
         model.model.norm.weight.data.fill_(1e20)
         model.lm_head.weight.data.fill_(1e20)
-        with pytest.raises(ValueError, match="`lm_head.weight` holds NaN or infinity"):
+        with pytest.raises(ValueError, match="`lm_head.weight` would hold NaN or infinity"):
             quantize_model(model, None, config(rotation="full"))
         assert not packed(model)
 

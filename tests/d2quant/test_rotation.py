@@ -259,7 +259,7 @@ class TestErrors:
         topology = find_topology(model)
         before = copy.deepcopy(model.state_dict())
         for transform in (fuse_norms, rotate):
-            with pytest.raises(ValueError, match=f"{REFUSED[family]}.*Quantize it without"):
+            with pytest.raises(ValueError, match=f"{REFUSED[family]}.*Use `rotation=None`"):
                 transform(model, topology)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -59,7 +59,8 @@ def url_of(server) -> str:
     return server.url.replace("//", "//us3r:pa55word@") + AT
 
 
-def scorer(server, *, timeout=1.0, patience=0.0, top_k=1) -> ServedScorer:
+def scorer(server, *, timeout=10.0, patience=0.0, top_k=1) -> ServedScorer:
+    """A teacher on the stub. Where nothing is meant to be late, a loaded machine has ten seconds to answer."""
     return ServedScorer(
         url_of(server),
         temperature=1.0,

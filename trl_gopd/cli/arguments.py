@@ -1,7 +1,8 @@
 """Argument types and checks that several sub-commands share."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -28,6 +29,15 @@ def reward_scale(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"λ must be a finite number of at least 0, got {text!r}; try 1.25")
     return value
+
+
+@contextmanager
+def refusals_in_one_line(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Ends the command with an error of one line where the body raises for what it was given, or cannot read."""
+    try:
+        yield
+    except (OSError, TypeError, ValueError) as error:
+        parser.error(" ".join(str(error).split()))
 
 
 def check_models(parser: argparse.ArgumentParser, models: Mapping[str, str | None]) -> None:

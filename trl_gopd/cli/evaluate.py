@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import written_whole
-from .arguments import DTYPES, at_least, check_folders, check_models, torch_device
+from .arguments import DTYPES, at_least, check_folders, check_models, refusals_in_one_line, torch_device
 
 
 if TYPE_CHECKING:
     import torch
 
     from trl_gopd.evaluation import Perplexity, Resources
+
+
+BOS_CHOICES = {"auto": None, "yes": True, "no": False}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,6 +30,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq-length", metavar="N", type=at_least(2), default=512, help="tokens of a window (512)")
     parser.add_argument(
         "--windows", metavar="N", type=at_least(1), help="measure only the first N windows (default: all)"
+    )
+    parser.add_argument(
+        "--add-bos-token",
+        choices=BOS_CHOICES,
+        default="auto",
+        help="whether every window begins with the beginning-of-sequence token (default: as the tokenizer does)",
     )
     parser.add_argument(
         "--batch-size", metavar="N", type=at_least(1), default=1, help="windows in one forward pass (1)"
@@ -57,18 +66,19 @@ def main(arguments: list[str]) -> int:
     device = torch_device(parser, args.device)
     windows = _windows(parser, args)
     options: dict[str, Any] = {"dtype": args.dtype, "device_map": device}
-    with measure() as load:
-        model = AutoModelForCausalLM.from_pretrained(args.model, **options)
-    quality: dict[str, Any] = {"perplexity": None, "agreement": None}
-    if args.against is None:
-        with measure() as evaluation:
-            quality["perplexity"] = perplexity(model, windows, batch_size=args.batch_size)
-    else:
-        reference = AutoModelForCausalLM.from_pretrained(args.against, **options)
-        with measure() as evaluation:
-            quality["agreement"] = compare(model, reference, windows, batch_size=args.batch_size)
-        quality["perplexity"] = quality["agreement"].model
-    measured = {**quality, "storage": storage(model, args.model), "load": load, "evaluation": evaluation}
+    with refusals_in_one_line(parser):
+        with measure() as load:
+            model = AutoModelForCausalLM.from_pretrained(args.model, **options)
+        quality: dict[str, Any] = {"perplexity": None, "agreement": None}
+        if args.against is None:
+            with measure() as evaluation:
+                quality["perplexity"] = perplexity(model, windows, batch_size=args.batch_size)
+        else:
+            reference = AutoModelForCausalLM.from_pretrained(args.against, **options)
+            with measure() as evaluation:
+                quality["agreement"] = compare(model, reference, windows, batch_size=args.batch_size)
+            quality["perplexity"] = quality["agreement"].model
+        measured = {**quality, "storage": storage(model, args.model), "load": load, "evaluation": evaluation}
 
     print(_table(args, windows, measured))
     if args.json:
@@ -94,11 +104,12 @@ def _windows(parser: argparse.ArgumentParser, args: argparse.Namespace) -> "torc
 
     try:
         text = read_text(args.perplexity) if args.perplexity else embedded_text("evaluation")
-        windows = token_windows(text, _load_from(parser, "tokenizer", args.model), args.seq_length)
+        options = {"seq_length": args.seq_length, "add_bos_token": BOS_CHOICES[args.add_bos_token]}
+        windows = token_windows(text, _load_from(parser, "tokenizer", args.model), **options)
         vocab_size = _load_from(parser, "config", args.model).get_text_config().vocab_size
         check_ids(windows, vocab_size)
         if args.against is not None:
-            theirs = token_windows(text, _load_from(parser, "tokenizer", args.against), args.seq_length)
+            theirs = token_windows(text, _load_from(parser, "tokenizer", args.against), **options)
             their_size = _load_from(parser, "config", args.against).get_text_config().vocab_size
             remedy = "name the model that DIR was made from"
             if not torch.equal(windows, theirs):
@@ -197,6 +208,7 @@ def _write_json(
         "text": str(args.perplexity) if args.perplexity else "embedded",
         "windows": len(windows),
         "seq_length": args.seq_length,
+        "add_bos_token": args.add_bos_token,
         "dtype": args.dtype,
         "device": str(device),
         "device_name": gpu or platform.processor() or platform.machine(),

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import DTYPES, check_folders, check_models, torch_device
+from .arguments import DTYPES, check_folders, check_models, refusals_in_one_line, torch_device
 
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--preset", choices=PRESETS, default="default", help="set of options to start from (default)")
     parser.add_argument("--bits", type=int, default=2, help="bits of a weight: 2, 3, 4 or 8 (2)")
-    parser.add_argument("--group-size", metavar="N", type=int, help="number of columns that share a scale")
+    parser.add_argument(
+        "--group-size", metavar="N", type=int, help="number of columns that share a scale; -1: one group a row"
+    )
     parser.add_argument("--dataset", help="calibration text: a file, or wikitext2 (default: an embedded text)")
     parser.add_argument("--num-samples", metavar="N", type=int, help="number of calibration windows")
     parser.add_argument("--seq-length", metavar="N", type=int, help="tokens of a calibration window")
@@ -85,12 +87,13 @@ def main(arguments: list[str]) -> int:
 
     config = _config(parser, args)
     device = torch_device(parser, args.device)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map=device)
-    report = quantize_model(model, tokenizer, config)
-    save_quantized(model, args.output_dir, tokenizer=tokenizer)
-    for path in filter(None, (args.json, args.figure)):
-        report.save(path)
+    with refusals_in_one_line(parser):
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map=device)
+        report = quantize_model(model, tokenizer, config)
+        save_quantized(model, args.output_dir, tokenizer=tokenizer)
+        for path in filter(None, (args.json, args.figure)):
+            report.save(path)
     for note in report.notes:
         print(note)
     size = storage(model, args.output_dir)

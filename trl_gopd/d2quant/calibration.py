@@ -4,6 +4,9 @@ Token windows for calibration: consecutive pieces of a text, of which some are d
 As in [GPTQ](https://huggingface.co/papers/2210.17323), the texts of a data set are joined, tokenized once without
 special tokens, and cut into windows of running text, without padding. Where the hub cannot be reached, there is a text
 that every installation of Python contains: the reference of the language.
+
+Models whose tokenizer begins text with a beginning-of-sequence token (BOS), such as Gemma and Llama, were trained with
+it and compute something else without it. Every window of text begins with it then.
 """
 
 import os
@@ -36,6 +39,7 @@ def calibration_windows(
     seq_length: int,
     seed: int,
     vocab_size: int | None = None,
+    add_bos_token: bool | None = None,
 ) -> Tensor:
     """
     Windows of tokens, drawn without replacement.
@@ -51,7 +55,7 @@ def calibration_windows(
               are joined, in order, and cut into windows. An iterable is read to its end;
             - integer tensors or lists, alone, in a column `input_ids`, or as one tensor `(rows, tokens)`: each row of
               at least `seq_length` tokens is a window, cut after that many. Tokens that the row's `attention_mask`
-              hides are left out.
+              hides are left out, and no token is added.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], `str` or `None`):
             Tokenizer, or its folder or name on the hub. Tokens need none.
         num_samples (`int`):
@@ -62,12 +66,14 @@ def calibration_windows(
             Seed of the draw.
         vocab_size (`int`, *optional*):
             Number of rows of the model's embedding; all ids must be smaller.
+        add_bos_token (`bool`, *optional*):
+            Whether every window of text begins with the tokenizer's BOS, see [`token_windows`].
 
     Returns:
         `torch.Tensor` of shape `(num_samples, seq_length)`: int64, on the CPU.
 
     Raises:
-        `ValueError`: if there are too few tokens, or one is outside the vocabulary.
+        `ValueError`: if there are too few tokens, one is outside the vocabulary, or the tokenizer has no BOS to add.
         `TypeError`: if `dataset` is none of the above, or text comes without a tokenizer.
         `FileNotFoundError`: if `dataset` is a path where no file is.
         `ConnectionError`: if WikiText-2 cannot be loaded.
@@ -89,7 +95,7 @@ def calibration_windows(
             raise ValueError(f"`{name}` must be at least 1, got {value}. GPTQ uses 128 windows of 2048.")
     data = _read(dataset, tokenizer)
     if isinstance(data, str):
-        windows = token_windows(data, tokenizer, seq_length)
+        windows = token_windows(data, tokenizer, seq_length, add_bos_token=add_bos_token)
     else:
         long = [row[:seq_length] for row in data if len(row) >= seq_length]
         if len(long) < len(data):
@@ -105,9 +111,13 @@ def calibration_windows(
     return windows[drawn]
 
 
-def token_windows(text: str, tokenizer: Any, seq_length: int) -> Tensor:
+def token_windows(text: str, tokenizer: Any, seq_length: int, *, add_bos_token: bool | None = None) -> Tensor:
     """
-    All consecutive windows of a text, without special tokens. Tokens that do not fill a last window are left out.
+    All consecutive windows of a text. Tokens that do not fill a last window are left out.
+
+    A window is either `seq_length` tokens of the text, or BOS and `seq_length - 1` tokens of the text. It never begins
+    with two BOS: where its text begins with one, as rendered chats do, none is added. There are no other special
+    tokens.
 
     Args:
         text (`str`):
@@ -116,20 +126,53 @@ def token_windows(text: str, tokenizer: Any, seq_length: int) -> Tensor:
             Tokenizer, or its folder or name on the hub.
         seq_length (`int`):
             Tokens in a window.
+        add_bos_token (`bool`, *optional*):
+            Whether every window begins with BOS. By default it does if the tokenizer begins text with it when it is
+            called: that of Gemma or Llama does, that of Qwen or SmolLM2 does not.
 
     Returns:
         `torch.Tensor` of shape `(windows, seq_length)`: int64, at least one row.
+
+    Raises:
+        `ValueError`: if the text does not fill a window, or the tokenizer has no BOS to add.
     """
     tokenizer = _load(tokenizer)
     # `verbose=False`: the text is meant to be longer than the model's context, and is cut below.
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
-    count = len(ids) // seq_length
-    if count == 0:
+    bos = torch.tensor(_bos(tokenizer, add_bos_token), dtype=torch.int64)
+    windows, start = [], 0
+    while True:
+        prefix = bos[:0] if torch.equal(ids[start : start + 1], bos) else bos
+        stop = start + seq_length - len(prefix)
+        if stop > len(ids) or stop == start:
+            break
+        windows.append(torch.cat([prefix, ids[start:stop]]))
+        start = stop
+    if not windows:
         raise ValueError(
-            f"The text must fill a window of {seq_length} tokens (`seq_length`), got {len(ids)}. Give more text, or "
-            "lower it."
+            f"The text must fill a window of {seq_length} tokens (`seq_length`), got {len(ids) + len(bos)}. Give more "
+            "text, or lower it."
         )
-    return ids[: count * seq_length].view(count, seq_length)
+    return torch.stack(windows)
+
+
+def _bos(tokenizer: Any, add_bos_token: bool | None) -> list[int]:
+    """The id that windows begin with, in a list, which is empty if they begin with none."""
+    token_id: Any = getattr(tokenizer, "bos_token_id", None)
+    if add_bos_token is None:
+        # What a call adds, rather than `tokenizer.add_bos_token`, which many tokenizers lack and others ignore.
+        plain, text = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+        add_bos_token = token_id is not None and text[:1] == [token_id] != plain[:1]
+        if add_bos_token:
+            logger.warning_once(
+                f"Every window begins with {tokenizer.bos_token!r}, as the tokenizer begins text with it. To leave it "
+                "out, pass `add_bos_token=False`."
+            )
+    elif add_bos_token and token_id is None:
+        raise ValueError(
+            f"`add_bos_token` must be False for a tokenizer without a `bos_token`, got {add_bos_token}. Leave it out."
+        )
+    return [token_id] if add_bos_token else []
 
 
 def check_ids(windows: Tensor, vocab_size: int | None) -> None:

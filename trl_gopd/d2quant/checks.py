@@ -1,5 +1,7 @@
 """What cannot be quantized is refused before anything is changed."""
 
+import math
+from collections.abc import Collection
 from contextlib import ExitStack
 
 import torch
@@ -10,6 +12,8 @@ from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.finite import check_finite, largest
 from trl_gopd.d2quant.flow import check_flow, check_head
 from trl_gopd.d2quant.linear import D2QuantLinear
+from trl_gopd.d2quant.names import check_entries
+from trl_gopd.d2quant.rotation import rotated_magnitudes
 from trl_gopd.d2quant.stages import linears_to_quantize
 from trl_gopd.d2quant.topology import Topology, find_topology
 
@@ -28,9 +32,10 @@ def check_model(model: PreTrainedModel, config: D2QuantConfig, undo: ExitStack) 
         [`~trl_gopd.d2quant.topology.Topology`]: of the model.
 
     Raises:
-        `TypeError`, `ValueError`: if the model is not one, or is quantized or not in memory, if its family cannot be
-        quantized block by block or its head cannot be tuned, if no linear is left to quantize or one is narrower than
-        a group, or as [`check_numbers`] does.
+        `TypeError`, `ValueError`: if the model is not one, or is quantized or not in memory, if an entry of
+        `modules_to_not_convert` is no module of it, if its family cannot be quantized block by block or its head
+        cannot be tuned, if no linear is left to quantize or one is narrower than a group, if a number is not finite,
+        if scales vanish or overflow in `scale_dtype`, or if it cannot be rotated.
     """
     if any(isinstance(module, D2QuantLinear) for module in model.modules()) or getattr(model, "is_quantized", False):
         raise ValueError(
@@ -42,6 +47,7 @@ def check_model(model: PreTrainedModel, config: D2QuantConfig, undo: ExitStack) 
             "`model` must be in memory, and some of its weights are on the meta device: not loaded, or offloaded. "
             "Load it without `device_map='disk'` and with enough memory."
         )
+    check_entries(config.modules_to_not_convert, model)
     undo.callback(make_linears(model, config))
     check_flow(model)
     topology = find_topology(model)
@@ -59,29 +65,47 @@ def check_model(model: PreTrainedModel, config: D2QuantConfig, undo: ExitStack) 
         if config.group_size > width:
             raise ValueError(
                 f"`group_size` must be at most the width of every quantized linear, got {config.group_size} and "
-                f"`{block.name}.{name}` with {width} inputs. Use {width} or less, or name it in "
-                "`modules_to_not_convert`."
+                f"`{block.name}.{name}` with {width} inputs. Use {width} or less, -1 for one group a row, or name it "
+                "in `modules_to_not_convert`."
             )
-    check_numbers(model, topology, config)
+    check_finite(model.state_dict().items(), "Is the checkpoint whole, and in range of its dtype?")
+    for block, name in linears:
+        _check_scales(f"{block.name}.{name}", largest(block.linear(name).weight), config)
+    if config.rotation is not None:
+        _check_rotation(model, topology, {f"{block.name}.{name}" for block, name in linears}, config)
     return topology
 
 
-def check_numbers(model: PreTrainedModel, topology: Topology, config: D2QuantConfig) -> None:
-    """
-    Refuses a model of which a number is not finite, in blocks or elsewhere, or of which a linear is so small or so
-    large that its scales vanish or overflow in `config.scale_dtype`.
-    """
-    check_finite(model.state_dict().items(), "Is the checkpoint whole, and in range of its dtype?")
+def _check_rotation(
+    model: PreTrainedModel, topology: Topology, linears: Collection[str], config: D2QuantConfig
+) -> None:
+    """Refuses a rotation that would not be exact, or after which a number is not finite or scales are lost."""
+    hidden_size = model.get_input_embeddings().weight.shape[1]
+    if config.rotation_size is not None and hidden_size % config.rotation_size:
+        raise ValueError(
+            f"`group_size` must divide the hidden size {hidden_size} with `rotation='group'`, got "
+            f"{config.rotation_size}. Use {math.gcd(hidden_size, config.rotation_size)}, `rotation='full'`, or "
+            "`rotation=None`."
+        )
+    for name, magnitude in rotated_magnitudes(model, topology, size=config.rotation_size, seed=config.seed):
+        if not magnitude < math.inf:  # a comparison with NaN is false
+            raise ValueError(
+                f"`{name}` would hold NaN or infinity, in {model.get_parameter(name).dtype}, after `rotation`. Load "
+                "the model in bfloat16 or float32, or use `rotation=None`."
+            )
+        linear = name.removesuffix(".weight")
+        if linear in linears:
+            _check_scales(linear, magnitude, config)
+
+
+def _check_scales(name: str, magnitude: float, config: D2QuantConfig) -> None:
+    """Refuses a linear with weights up to `magnitude` if its scales vanish or overflow in `config.scale_dtype`."""
     info = torch.finfo(config.torch_scale_dtype)
     # Below this, a scale has fewer bits than the codes that it multiplies. It is computed in float32.
     lowest = 2**config.bits * max(info.smallest_normal * info.eps, torch.finfo(torch.float32).tiny)
-    for block in topology.blocks:
-        for name in (name for stage in linears_to_quantize(block, config) for name in stage):
-            magnitude = largest(block.linear(name).weight)
-            scale = 2 * magnitude / (2**config.bits - 1)  # of a group that reaches from minus to plus `magnitude`
-            if magnitude and not lowest <= scale <= info.max:
-                raise ValueError(
-                    f"`scale_dtype` must hold the scales of all linears, got {config.scale_dtype!r} and "
-                    f"`{block.name}.{name}` with weights up to {magnitude:.3g}. Use 'bfloat16' or 'float32', or name "
-                    "it in `modules_to_not_convert`."
-                )
+    scale = 2 * magnitude / (2**config.bits - 1)  # of a group that reaches from minus to plus `magnitude`
+    if magnitude and not lowest <= scale <= info.max:
+        raise ValueError(
+            f"`scale_dtype` must hold the scales of all linears, got {config.scale_dtype!r} and `{name}` with weights "
+            f"up to {magnitude:.3g}. Use 'bfloat16' or 'float32', or name it in `modules_to_not_convert`."
+        )

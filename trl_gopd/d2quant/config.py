@@ -10,6 +10,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .grids import GRIDS, Grid
 from .integrity import check_settings
+from .names import check_patterns, is_named
 from .packing import BITS
 
 
@@ -39,7 +40,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             Width of a code: 2, 3, 4 or 8.
         group_size (`int`, *optional*, defaults to `64`):
             Number of consecutive columns of a weight that share a scale. It need not divide the width: the last group
-            may be smaller.
+            may be smaller. -1 is one group for each row.
         grid (`str`, *optional*, defaults to `"affine"`):
             Codebook of a group: `"affine"` (a scale and an integer zero point), `"midrise"` (a scale; symmetric, with
             no level at zero) or `"bitplane"` (a scale for each bit, as in the authors' release; 2 or 3 bits).
@@ -49,10 +50,11 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         scale_dtype (`str`, *optional*, defaults to `"float16"`):
             Dtype of the stored scales: `"float16"`, `"bfloat16"` or `"float32"`.
         modules_to_not_convert (`list[str]`, *optional*):
-            Linears of the decoder blocks to leave as they are, by the end of their names, such as `"mlp.down_proj"`
-            or `"layers.0.self_attn.o_proj"`, or parameters with the matrices of all experts, such as
-            `"mlp.experts.down_proj"`. Embeddings and the head always are. A checkpoint lists all matrices of the
-            blocks that are in full precision.
+            Linears of the decoder blocks to leave as they are: by the end of their names (`"mlp.down_proj"`), by the
+            name of a module that contains them (`"layers.0"`, `"self_attn"`), or by a regular expression for the name
+            from its start (`".*down_proj"`); or parameters with the matrices of all experts
+            (`"mlp.experts.down_proj"`). An entry that nothing has is refused. Embeddings and the head always are left.
+            A checkpoint lists all matrices of the blocks that are in full precision.
 
     > Parameters that control the rounding
 
@@ -88,7 +90,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             Whether the correction is shrunk towards 0 where the mean is uncertain.
         rotation (`str`, *optional*):
             Hadamard rotation of the residual stream, applied before quantizing: `"full"` mixes all channels, `"group"`
-            mixes each run of `group_size` channels. Tied embeddings are untied.
+            mixes each run of `group_size` channels, which must divide the hidden size. Tied embeddings are untied.
         tune_epochs (`int`, *optional*, defaults to `3`):
             Number of passes over the calibration tokens in which scales, norms and biases of all blocks are trained on
             the token distributions of the full-precision model. 0 skips this tuning.
@@ -107,7 +109,11 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         num_samples (`int`, *optional*, defaults to `16`):
             Number of token windows to calibrate on.
         seq_length (`int`, *optional*, defaults to `512`):
-            Number of tokens in a window.
+            Number of tokens in a window, BOS included.
+        add_bos_token (`bool`, *optional*):
+            Whether every window of text begins with the tokenizer's beginning-of-sequence token (BOS). By default it
+            does if the tokenizer begins text with it when it is called: that of Gemma or Llama does, that of Qwen or
+            SmolLM2 does not. Data that are token ids are used as they are.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the choice of windows, of the rotation, and of the order of windows in the tuning.
         work_dir (`str`, *optional*):
@@ -175,6 +181,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         tokenizer: Any = None,
         num_samples: int = 16,
         seq_length: int = 512,
+        add_bos_token: bool | None = None,
         seed: int = 0,
         work_dir: str | None = None,
         format_version: int = FORMAT_VERSION,
@@ -211,6 +218,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.tokenizer = tokenizer
         self.num_samples = num_samples
         self.seq_length = seq_length
+        self.add_bos_token = add_bos_token
         self.seed = seed
         self.work_dir = work_dir
         self.format_version = format_version
@@ -225,7 +233,8 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def paper(cls, bits: int = 2, **overrides: Any) -> Self:
         """
         The settings of [D²Quant](https://huggingface.co/papers/2602.02546), with the codebook the paper describes: an
-        affine one with a column scale, fitted with all columns alike.
+        affine one with a column scale, fitted with all columns alike. It is calibrated on the training split of
+        WikiText-2, from the hub.
 
         Args:
             bits (`int`, *optional*, defaults to `2`): Width of a code; the paper has 2 and 3.
@@ -246,6 +255,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             "mean_shift": True,
             "rotation": "group",
             "tune_epochs": 0,
+            "dataset": "wikitext2",
             "num_samples": 128,
             "seq_length": 2048,
         }
@@ -302,12 +312,21 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def skips(self, name: str) -> bool:
         """Whether the linear called `name` in its model is left in full precision."""
-        return is_listed(name, self.modules_to_not_convert)
+        return is_named(name, self.modules_to_not_convert)
 
     @property
     def torch_scale_dtype(self) -> torch.dtype:
         """`scale_dtype` as a dtype of torch."""
         return SCALE_DTYPES[self.scale_dtype]
+
+    def group_size_of(self, in_features: int) -> int:
+        """Columns that share a scale in a linear with `in_features` columns."""
+        return in_features if self.group_size == -1 else self.group_size
+
+    @property
+    def rotation_size(self) -> int | None:
+        """Channels that `rotation` mixes; `None` for all."""
+        return self.group_size if self.rotation == "group" and self.group_size != -1 else None
 
     def grid_of(self, name: str) -> Grid:
         """Codebook of the linear called `name` in its model, according to the `down_modules` of a checkpoint."""
@@ -321,7 +340,8 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         _check_version(self.format_version)
         self._check_choices("bits", BITS)
-        self._check_integer("group_size", 1, "For one group a row, pass the width of the widest linear.")
+        if self.group_size != -1:
+            self._check_integer("group_size", 1, "-1 is one group for each row.")
         self._check_choices("grid", GRIDS)
         self._check_choices("down_grid", (None, *GRIDS))
         if "bitplane" in (self.grid, self.down_grid) and self.bits not in (2, 3):
@@ -340,6 +360,11 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self._check_integer("num_samples", 1, "GPTQ uses 128.")
         # A single token has nothing to predict and nothing to attend to.
         self._check_integer("seq_length", 2, "GPTQ uses 2048.")
+        if self.add_bos_token not in (None, True, False) or type(self.add_bos_token) is int:
+            raise TypeError(
+                f"`add_bos_token` must be None, True or False, got {self.add_bos_token!r}. None does as the tokenizer "
+                "does."
+            )
         self._check_integer("seed", 0, "Use 0.")
         for name in ("act_group_aware", "hessian_weights", "clip", "column_scale", "mean_shift", "shift_shrink"):
             if not isinstance(getattr(self, name), bool):
@@ -350,6 +375,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 raise TypeError(f"`{name}` must be a list of names of linears, got {value!r}. Pass ['mlp.down_proj'].")
         if not isinstance(self.expert_parameters, (dict, type(None))):
             raise TypeError(f"`expert_parameters` must be a mapping, got {self.expert_parameters!r}. Leave it out.")
+        check_patterns(self.modules_to_not_convert)
 
     def _check_choices(self, name: str, accepted: tuple[Any, ...]) -> None:
         value = getattr(self, name)

@@ -26,7 +26,7 @@ def empty_packed(
         linear.in_features,
         linear.out_features,
         bits=config.bits,
-        group_size=config.group_size,
+        group_size=config.group_size_of(linear.in_features),
         grid=grid,
         bias=bias,
         input_scale=input_scale,

@@ -10,7 +10,6 @@ missing or altered is refused, before the model is built where the configuration
 """
 
 import copy
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -28,23 +27,16 @@ from trl_gopd.files import written_whole
 
 from .config import QUANT_METHOD, RUNTIME_FIELDS, D2QuantConfig, is_listed
 from .convert import empty_packed
+from .foreign import allow_loading, forget_code, write_along
 from .integrity import REMEDY, check_model_config, check_tensors, statement
 from .linear import D2QuantLinear
+from .names import check_entries, is_named
 
 
 # Modules that need model classes are imported where they are used: this file is imported while transformers itself is
 # being imported, when it has no model classes yet.
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-MODELING_MODULE = "modeling_d2quant"
-MODELING_CODE = '''"""
-Lets `trust_remote_code=True` load this checkpoint: importing trl_gopd is what makes its quantization known.
-"""
-
-import transformers
-import trl_gopd  # noqa: F401
-'''
 
 logger = logging.get_logger(__name__)
 
@@ -79,9 +71,11 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
             )
 
     def update_attn_implementation(self, config: "PreTrainedConfig") -> "PreTrainedConfig":
-        """Refuses an altered configuration. It is the one hook that sees it before the model is built."""
+        """Refuses an altered configuration, and ranks. It is the one hook that sees it before the model is built."""
+        _check_ranks(config, self.pre_quantized)
         if self.pre_quantized:
             check_model_config(config, self._integrity())
+            allow_loading(config)
         return config
 
     def _process_model_before_weight_loading(
@@ -92,7 +86,7 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
             if checkpoint_files is not None:  # otherwise the caller passes tensors of its own
                 check_tensors(checkpoint_files, self._integrity(), model)
         else:
-            _check_widths(model, self.quantization_config)
+            _check_settings(model, self.quantization_config)
             self._tokenizer = _load_tokenizer(model, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
@@ -110,10 +104,8 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 if not getattr(parameter, "_is_hf_initialized", parameter.is_meta):
                     raise ValueError(f"The checkpoint has no `{name}.{key}`, or one of another shape. {REMEDY}")
             module.requires_grad_(False)  # transformers turns it on for all that is floating point
-        # `save_pretrained` copies the modeling file only for a model that was loaded from it: remove the reference.
-        references = getattr(model.config, "auto_map", None)
-        if references and MODELING_MODULE in json.dumps(references) and not model.is_remote_code():
-            del model.config.auto_map
+        if not model.is_remote_code():
+            forget_code(model.config)
 
     def _integrity(self) -> dict[str, Any]:
         """What the checkpoint states of itself; a `ValueError` if it states nothing."""
@@ -125,34 +117,19 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return self.quantization_config.integrity
 
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None) -> "PreTrainedModel":
-        from .as_linears import unmake_linears
+        from .dense import make_dense
 
-        # `dtype` is a string if it comes from the configuration of a saved model.
-        dense_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        packed = list(_packed(model))
-        offloaded = [name for name, module in packed if module.weight.is_meta]
+        packed = dict(_packed(model))
+        offloaded = [name for name, module in packed.items() if module.weight.is_meta]
         if offloaded:
             raise ValueError(
                 f"`model` must be in memory, and `{offloaded[0]}` is offloaded. Load it without 'disk', or 'cpu' "
                 "beside another device, in `device_map`."
             )
-        with torch.device("meta"):
-            plain = type(model)(model.config)
-        without_slot = []
-        for name, module in packed:
-            original = name.removesuffix(".base_layer")
-            # Trainable, as after loading a dense checkpoint, except for the frozen base of an adapter.
-            model.set_submodule(name, module.to_dense(dense_dtype).requires_grad_(name == original))
-            # An expert that was part of a parameter has no linear, and no bias.
-            if module.bias is not None and plain.get_submodule(original).bias is None:
-                without_slot.append(original)
-        unmake_linears(model, plain)
-        if without_slot:
-            logger.warning(
-                f"{len(without_slot)} linears of the dense model have a bias, such as `{without_slot[0]}`, for which "
-                f"{type(model).__name__} has no place: `from_pretrained` will drop them if it is saved. Save the "
-                "quantized model instead."
-            )
+        # `dtype` is a string if it comes from the configuration of a saved model.
+        make_dense(model, packed, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        if dtype is not None:
+            model.config.dtype = dtype
         return model
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[None, dict[str, str]]:
@@ -163,6 +140,7 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if not getattr(model, "_hf_peft_config_loaded", False):  # otherwise only the adapter is saved
             model.config.quantization_config = self.quantization_config
             self.quantization_config.integrity = statement(model, self.quantization_config.to_dict())
+            write_along()
         return None, {}
 
     def is_serializable(self) -> bool:
@@ -212,12 +190,12 @@ def save_quantized(
     model: "PreTrainedModel", path: str | os.PathLike[str], *, tokenizer: "PreTrainedTokenizerBase | None" = None
 ) -> None:
     """
-    Saves a quantized model, either completely or not at all, together with the code that `trust_remote_code=True`
-    runs to load it. `model.save_pretrained` writes file by file: killed in the middle, it leaves a folder that is
-    refused when it is loaded. Saving equal models gives files that are equal byte for byte.
+    Saves a quantized model, either completely or not at all. `model.save_pretrained` writes the same, file by file:
+    killed in the middle, it leaves a folder that is refused when it is loaded. Saving equal models gives files that
+    are equal byte for byte.
 
-    A process that has not imported `trl_gopd` refuses to load the checkpoint. With `trust_remote_code=True` it loads
-    the checkpoint, or asks for `trl_gopd` to be installed.
+    A process that has not imported `trl_gopd` refuses to load the checkpoint, and says so. With
+    `trust_remote_code=True` it runs a module in the folder that imports `trl_gopd`, and loads the checkpoint.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Quantized with [`D2QuantConfig`].
@@ -247,22 +225,6 @@ def save_quantized(
         model.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
-        if not model.is_remote_code():  # otherwise `save_pretrained` has copied the code
-            _add_modeling_code(model, part)
-
-
-def _add_modeling_code(model: "PreTrainedModel", folder: Path) -> None:
-    """Writes a file into `folder` whose import registers the quantizer, and names its classes in `config.json`."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    names = {"AutoModel": type(model.base_model).__name__}
-    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        names["AutoModelForCausalLM"] = type(model).__name__
-    code = MODELING_CODE + "".join(f"\n\nclass {name}(transformers.{name}):\n    pass\n" for name in names.values())
-    (folder / f"{MODELING_MODULE}.py").write_text(code, encoding="utf-8")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["auto_map"] = {auto_class: f"{MODELING_MODULE}.{name}" for auto_class, name in names.items()}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _packed(model: nn.Module) -> Iterator[tuple[str, D2QuantLinear]]:
@@ -297,7 +259,10 @@ def _describe(model: "PreTrainedModel", config: D2QuantConfig) -> D2QuantConfig:
     packed = {name: module for name, module in linears.items() if isinstance(module, D2QuantLinear)}
     for name, module in packed.items():
         layout = (module.bits, module.group_size)
-        if layout != (config.bits, config.group_size) or module.grid not in (config.grid, config.down_grid):
+        if layout != (config.bits, config.group_size_of(module.in_features)) or module.grid not in (
+            config.grid,
+            config.down_grid,
+        ):
             raise ValueError(
                 f"`config` must say how `{name}` is packed, got {config.bits} bits, groups of {config.group_size} and "
                 f"the grid {config.grid!r} for {module}. Pass the configuration it was quantized with."
@@ -320,13 +285,13 @@ def _describe(model: "PreTrainedModel", config: D2QuantConfig) -> D2QuantConfig:
 
 
 def _ends_of_names(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Ends of names that match exactly the `chosen` ones in `is_listed`: names within a block, where possible."""
+    """Names within a block, where these mean exactly the `chosen` linears to `is_named`; full ones otherwise."""
     chosen = set(chosen)
     others = [name for name in names if name not in chosen]
     ends = set()
     for name in chosen:
         in_block = re.split(r"\.\d+\.", name, maxsplit=1)[1]
-        ends.add(name if any(is_listed(other, [in_block]) for other in others) else in_block)
+        ends.add(name if any(is_named(other, [in_block]) for other in others) else in_block)
     return sorted(ends)
 
 
@@ -352,8 +317,22 @@ def _insert_packed(model: "PreTrainedModel", config: D2QuantConfig) -> list[str]
     return inserted
 
 
-def _check_widths(model: "PreTrainedModel", config: D2QuantConfig) -> None:
+def _check_ranks(config: "PreTrainedConfig", pre_quantized: bool) -> None:
+    """Refuses to cut packed weights along their rows, which are words, and to calibrate a part of a model."""
+    distributed = getattr(config, "distributed_config", None)
+    for name in ("tp_size", "ep_size") if pre_quantized else ("tp_size", "ep_size", "pp_size", "fsdp_size"):
+        size = getattr(distributed, name, None) or 1
+        if size > 1:
+            reason = "for packed weights, which cannot be cut" if pre_quantized else "while a model is quantized"
+            raise ValueError(
+                f"`{name}` must be 1 {reason}, got {size}. Load without `tp_plan` and `distributed_config`; "
+                "`device_map='auto'` places whole blocks on several devices."
+            )
+
+
+def _check_settings(model: "PreTrainedModel", config: D2QuantConfig) -> None:
     """Refuses linears that read hidden states. Of others it is not known yet whether the model calls them."""
+    check_entries(config.modules_to_not_convert, model)
     hidden_size = getattr(model.config.get_text_config(decoder=True), "hidden_size", 0)
     for name, linear in _block_linears(model).items():
         if linear.in_features == hidden_size < config.group_size and not config.skips(name):

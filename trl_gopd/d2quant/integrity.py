@@ -48,6 +48,7 @@ FREE = (
     "problem_type",
     "quantization_config",
     "return_dict",
+    "transformers_weights",
 )
 
 

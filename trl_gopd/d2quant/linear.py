@@ -1,10 +1,12 @@
 """A linear layer whose weight stays packed in memory, and in the forward and backward pass."""
 
+from collections.abc import Callable
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from .adapters import refuse_merging
 from .grids import GRIDS, Grid, QuantizedWeight
 from .kernels import dequantize, quantized_linear
 from .kernels.packed import Packed
@@ -16,7 +18,7 @@ class D2QuantLinear(nn.Linear):
     Linear layer with a weight of `bits` bits, for inference and as the frozen base of an adapter.
 
     It is an [`~torch.nn.Linear`] so that PEFT wraps it as one, and the packed codes are called `weight` so that code
-    that expects a dense one fails: merging an adapter, and loading a checkpoint without this package.
+    that expects a dense one fails. Merging an adapter is refused, see `adapters`.
 
     Nothing requires a gradient when built. `weight_scale` and `bias` may be made to, and are then trained.
 
@@ -72,6 +74,7 @@ class D2QuantLinear(nn.Linear):
         device: torch.device | str | None = None,
     ) -> None:
         nn.Module.__init__(self)  # `nn.Linear.__init__` would allocate a dense weight
+        refuse_merging(D2QuantLinear)
         check_bits(bits)
         if group_size < 1:
             raise ValueError(
@@ -172,6 +175,23 @@ class D2QuantLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Maps `(..., in_features)` to `(..., out_features)`, in the dtype of the input, as a linear layer does."""
         return quantized_linear(input, self.packed, bias=self.bias, input_scale=self.input_scale)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """
+        What `.to()`, `.half()` and the like do: the bias is cast, and all tensors are moved. Scales keep their dtype,
+        because rounding them would change every weight.
+        """
+        scales = [scale for scale in (self.weight_scale, self.input_scale) if scale is not None]
+        kept = [*scales, *(scale.grad for scale in scales if scale.grad is not None)]
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype != tensor.dtype and any(tensor is scale for scale in kept):
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from trl_gopd.d2quant.calibration import calibration_windows
-from trl_gopd.d2quant.checks import check_model, check_numbers
+from trl_gopd.d2quant.checks import check_model
 from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.finite import check_finite
 from trl_gopd.d2quant.recording import evaluation_mode
@@ -50,6 +50,7 @@ def quantize_blocks(model: PreTrainedModel, tokenizer: Any, config: D2QuantConfi
             seq_length=config.seq_length,
             seed=config.seed,
             vocab_size=model.config.get_text_config().vocab_size,
+            add_bos_token=config.add_bos_token,
         )
         work = None
         if config.work_dir is not None:
@@ -59,12 +60,10 @@ def quantize_blocks(model: PreTrainedModel, tokenizer: Any, config: D2QuantConfi
     report = Report(config=config.to_dict())
     with evaluation_mode(model):
         if config.rotation is not None:
+            _run_to_first_block(model, topology, windows)  # what is not finite is refused before anything changes
             fuse_norms(model, topology)
-            rotate(model, topology, size=config.group_size if config.rotation == "group" else None, seed=config.seed)
-            check_numbers(model, topology, config)
-        calls = BlockCalls.record(model, topology, windows)
-        streams = Streams.before_first_block(calls, windows)
-        check_stream(streams.start, "The hidden states before the first block")
+            rotate(model, topology, size=config.rotation_size, seed=config.seed)
+        calls, streams = _run_to_first_block(model, topology, windows)
         finished = work.load(topology, calls, streams, config) if work else []
         for block, block_report in zip(topology.blocks, finished, strict=False):
             report.add(block.name, block_report)
@@ -83,6 +82,14 @@ def quantize_blocks(model: PreTrainedModel, tokenizer: Any, config: D2QuantConfi
     report.notes = _notes(topology, config)
     report.seconds = time.perf_counter() - start
     return report
+
+
+def _run_to_first_block(model: PreTrainedModel, topology: Topology, windows: Tensor) -> tuple[BlockCalls, Streams]:
+    """How to run the blocks, and the streams before the first one, which are finite."""
+    calls = BlockCalls.record(model, topology, windows)
+    streams = Streams.before_first_block(calls, windows)
+    check_stream(streams.start, "The hidden states before the first block")
+    return calls, streams
 
 
 def detach_from_checkpoint(model: nn.Module) -> None:

@@ -13,12 +13,14 @@ That is exact before a LayerNorm only, and left out.
 """
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .finite import largest
 from .topology import Block, Topology
 
 
@@ -52,7 +54,7 @@ def fuse_norms(model: PreTrainedModel, topology: Topology) -> None:
             scale = weight.double() + offsets[norm]
             for linear in linears:
                 for rows in model.get_submodule(linear).weight.split(CHUNK_ROWS):
-                    rows.copy_(rows * scale)
+                    rows.copy_(_fused(rows, scale))
             weight.fill_(1 - offsets[norm])
 
 
@@ -100,6 +102,49 @@ def rotate(model: PreTrainedModel, topology: Topology, *, size: int | None = Non
                 _rotate_rows(writer.bias[None], matrix)
 
 
+@torch.no_grad()
+def rotated_magnitudes(
+    model: PreTrainedModel, topology: Topology, *, size: int | None = None, seed: int = 0
+) -> Iterator[tuple[str, float]]:
+    """
+    What [`fuse_norms`] and [`rotate`] would change, and the largest magnitude that it would have: not finite where the
+    dtype overflows. It takes as long as they do, and changes nothing.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]), topology ([`~trl_gopd.d2quant.topology.Topology`]):
+            As for [`fuse_norms`].
+        size (`int`, *optional*), seed (`int`, *optional*, defaults to `0`):
+            As for [`rotate`].
+
+    Yields:
+        `tuple[str, float]`: names of parameters, with magnitudes.
+
+    Raises:
+        `ValueError`: if the logits would not survive a rotation.
+    """
+    readers = _norm_readers(model, topology)
+    offsets = {norm: _weight_offset(model, norm) for norm in readers}
+    embeddings: Any = model.get_submodule(topology.embeddings)
+    matrix = rotation_matrix(size or embeddings.weight.shape[1], seed=seed)
+
+    def magnitude(weight: Tensor, scale: Tensor | None = None) -> float:
+        chunks = (rows if scale is None else _fused(rows, scale) for rows in torch.split(weight, CHUNK_ROWS))
+        return float(torch.tensor([largest(_rotated(rows, matrix)) for rows in chunks]).max())  # NaN, if one is
+
+    yield f"{topology.embeddings}.weight", magnitude(embeddings.weight)
+    for norm, linears in readers.items():
+        weight = getattr(model.get_submodule(norm), "weight", None)
+        scale = None if weight is None else weight.double() + offsets[norm]
+        for linear in linears:
+            yield f"{linear}.weight", magnitude(model.get_submodule(linear).weight, scale)
+    for block in topology.blocks:
+        for name in block.residual_writers:
+            writer: Any = block.module.get_submodule(name)
+            yield f"{block.name}.{name}.weight", magnitude(writer.weight.T)
+            if writer.bias is not None:
+                yield f"{block.name}.{name}.bias", magnitude(writer.bias[None])
+
+
 def rotation_matrix(size: int, *, seed: int = 0) -> Tensor:
     """
     Orthogonal float64 matrix `(size, size)` on the CPU: Hadamard's with random signs. No entry is above `√(2/size)`.
@@ -120,9 +165,19 @@ def rotation_matrix(size: int, *, seed: int = 0) -> Tensor:
 
 def _rotate_rows(weight: Tensor, matrix: Tensor) -> None:
     """`weight ← weight · Q` in place; `weight` is `(rows, hidden_size)`, or a view of that shape."""
-    matrix = matrix.to(weight.device)
     for rows in torch.split(weight, CHUNK_ROWS):
-        rows.copy_((torch.unflatten(rows.double(), -1, (-1, len(matrix))) @ matrix).flatten(-2))
+        rows.copy_(_rotated(rows, matrix))
+
+
+def _rotated(rows: Tensor, matrix: Tensor) -> Tensor:
+    """`rows · Q`, computed in float64 and rounded once."""
+    runs: Tensor = torch.unflatten(rows.double(), -1, (-1, len(matrix))) @ matrix.to(rows.device)
+    return runs.flatten(-2).to(rows.dtype)
+
+
+def _fused(rows: Tensor, scale: Tensor) -> Tensor:
+    """`rows · diag(scale)`, computed in float64 and rounded once."""
+    return (rows * scale.to(rows.device)).to(rows.dtype)
 
 
 def _norm_readers(model: PreTrainedModel, topology: Topology) -> dict[str, tuple[str, ...]]:
@@ -171,7 +226,7 @@ def _weight_offset(model: PreTrainedModel, name: str) -> int:
 
 
 def _refusal(reason: str) -> ValueError:
-    return ValueError(f"The logits of `model` must survive a rotation, but {reason}. Quantize it without one.")
+    return ValueError(f"The logits of `model` must survive a rotation, but {reason}. Use `rotation=None`.")
 
 
 def _untie_lm_head(model: PreTrainedModel) -> None:

@@ -255,7 +255,7 @@ def _round_linear(
         asymmetry = None if asymmetry is None else asymmetry.to(weight.device)
     is_second = name in {pair.consumer for pair in block.scale_pairs} or name in block.scale_reasons
     grid = config.down_grid if is_second and config.down_grid is not None else config.grid
-    bits, group_size, scale_dtype = config.bits, config.group_size, config.torch_scale_dtype
+    bits, group_size, scale_dtype = config.bits, config.group_size_of(weight.shape[1]), config.torch_scale_dtype
     result = round_weight(
         weight,
         hessian,

@@ -21,7 +21,8 @@ from .logits import check_windows, evaluation_mode, logits_in_chunks
 @dataclass(frozen=True)
 class Perplexity:
     """
-    Perplexity of a model on windows of text. The first token of each window is context; the others are predicted.
+    Perplexity of a model on windows of text. The first token of each window is context; the others are predicted. Of a
+    window that begins with BOS, all tokens of the text are predicted, of another one all but the first.
 
     Args:
         value (`float`): `exp(nats_per_token)`.
