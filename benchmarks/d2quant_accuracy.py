@@ -99,13 +99,14 @@ def run_row(row: str, bits: int, seed: int, args: argparse.Namespace) -> dict:
     else:
         settings = dict(ROWS[row])
         build = getattr(D2QuantConfig, settings.pop("preset", ""), D2QuantConfig)
-        sizes = {"group_size": GROUP_SIZE, "num_samples": SAMPLES, "seq_length": SEQ_LENGTH}
+        # AutoRound leaves the embedding as it is; what a packed one changes is the question of d2quant_size.py
+        sizes = {"group_size": GROUP_SIZE, "num_samples": SAMPLES, "seq_length": SEQ_LENGTH, "embedding_bits": None}
         config = build(bits=bits, **sizes, dataset=calibration, seed=seed, **settings)
         with measure() as used:
             quantize_model(model, None, config)
         result["seconds"] = used.seconds
         result["peak_over_model"] = (used.peak_memory_bytes - before.peak_memory_bytes) / model_bytes
-        result["bits_per_weight"] = storage(model).bits_per_weight
+        result["bits_per_weight"] = storage(model).block_bits_per_weight
     original = AutoModelForCausalLM.from_pretrained(smollm2_path())
     agreement = compare(model, original, evaluation[:EVALUATED])
     return result | {

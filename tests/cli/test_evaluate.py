@@ -58,7 +58,8 @@ class TestNumbers:
         assert result["perplexity"] == asdict(perplexity(model, windows))
         assert result["agreement"] is result["against"] is None
         assert result["storage"]["parameters_left"] == model.num_parameters()
-        assert result["storage"]["bits_per_weight"] is None
+        assert result["storage"]["bits_per_weight"] == 32
+        assert result["storage"]["block_bits_per_weight"] is None
         assert result["storage"]["file_bytes"] == (models / "student" / "model.safetensors").stat().st_size
         assert (result["windows"], result["seq_length"], result["threads"]) == (3, 32, torch.get_num_threads())
         assert result["command"].startswith("trl-gopd evaluate ")

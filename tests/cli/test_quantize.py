@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_gopd.cli.quantize import main
 from trl_gopd.d2quant.linear import D2QuantLinear
+from trl_gopd.evaluation import storage
 
 
 ARGUMENTS = ["--group-size", "16", "--num-samples", "4", "--seq-length", "32", "--set", "tune_epochs=1"]
@@ -40,8 +41,9 @@ class TestQuantize:
         run(models / "student", "-o", out, "--bits", 3, "--dataset", text, "--preset", preset, *ARGUMENTS, *reports)
         assert "bits a weight" in capsys.readouterr().out
         model = AutoModelForCausalLM.from_pretrained(out)
-        linears = [module for module in model.modules() if isinstance(module, D2QuantLinear)]
+        linears = [module for module in model.model.layers.modules() if isinstance(module, D2QuantLinear)]
         assert len(linears) == 14
+        assert isinstance(model.lm_head, D2QuantLinear) is (preset == "default")
         assert {(module.bits, module.group_size) for module in linears} == {(3, 16)}
         assert {module.grid for module in linears} == {"affine"} | ({"bitplane"} if preset == "release" else set())
         report = json.loads((tmp_path / "r.json").read_text())
@@ -50,6 +52,23 @@ class TestQuantize:
         assert (tmp_path / "r.png").exists()
         with torch.no_grad():
             assert model(torch.arange(8)[None]).logits.isfinite().all()
+
+    @pytest.mark.parametrize(("given", "bits"), [("4", 4), ("none", None)])
+    def test_bits_of_the_embedding(self, models, tmp_path, text, given, bits, capsys):
+        run(models / "student", "-o", tmp_path / "out", "--dataset", text, "--embedding-bits", given, *ARGUMENTS)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert getattr(model.get_input_embeddings(), "bits", None) == getattr(model.lm_head, "bits", None) == bits
+        size = storage(model, tmp_path / "out")
+        told = capsys.readouterr().out
+        assert (
+            f"{size.block_bits_per_weight:.3f} bits a weight in decoder blocks, {size.bits_per_weight:.3f} in all"
+            in told
+        )
+
+    def test_bits_of_the_embedding_that_are_refused(self, models, tmp_path, text, capsys):
+        arguments = [models / "student", "-o", tmp_path / "out", "--dataset", text, "--embedding-bits"]
+        assert "`embedding_bits` must be one of None, 2, 3, 4, 8, got 5" in refuse(capsys, *arguments, "5")
+        assert "argument --embedding-bits: invalid" in refuse(capsys, *arguments, "few")
 
     @pytest.mark.parametrize("name", ["/no/model", "./no_model", "a/b/c"])
     def test_model_that_is_not_there(self, tmp_path, name, capsys):

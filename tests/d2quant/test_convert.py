@@ -6,7 +6,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
 from trl_gopd.d2quant.config import D2QuantConfig
-from trl_gopd.d2quant.convert import empty_packed, pack_linear, replace_linear
+from trl_gopd.d2quant.convert import empty_packed, pack_linear, replace_module
 from trl_gopd.d2quant.linear import D2QuantLinear
 from trl_gopd.d2quant.rounding import round_weight
 
@@ -50,7 +50,7 @@ def test_mode_and_hook_are_taken_over(parent, training):
     x = torch.ones(1, 10)
     plain = packed(x)
     add_hook_to_module(linear, Doubling())
-    replace_linear(parent, "mlp.down", packed)
+    replace_module(parent, "mlp.down", packed)
     assert isinstance(parent.mlp.down, D2QuantLinear)
     assert parent.mlp.down.training is training
     assert torch.equal(parent.mlp.down(x), 2 * plain)

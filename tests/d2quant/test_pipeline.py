@@ -48,6 +48,7 @@ def config(**settings):
             "num_samples": 6,
             "seq_length": 32,
             "tune_epochs": 0,
+            "embedding_bits": None,  # test_token_matrices has the laws of packed embeddings and heads
         }
         | settings
     )

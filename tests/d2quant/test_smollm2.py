@@ -26,8 +26,9 @@ def test_packed_folder_is_small_and_computes_the_same(tmp_path):
     assert torch.equal(generated, model.generate(ids, max_new_tokens=8, do_sample=False))
 
     size = storage(reloaded, tmp_path)
-    assert size.bits_per_weight == 2 + (16 + 2) / 64
-    stated = size.quantized_weights * size.bits_per_weight / 8 + 4 * size.parameters_left
+    assert size.block_bits_per_weight == 2 + (16 + 2) / 64
+    stated = (size.quantized_weights + size.parameters_left) * size.bits_per_weight / 8
+    assert stated < size.file_bytes <= 65e6 and reloaded.get_memory_footprint() <= 65e6
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 1.1 * stated
 
 

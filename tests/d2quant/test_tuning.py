@@ -52,7 +52,7 @@ class TestTune:
         moved = {
             name for name, value in tuned.state_dict().items() if not torch.equal(value, rounded.state_dict()[name])
         }
-        scales = set(tensors(rounded, "weight_scale"))
+        scales = {name for name in tensors(rounded, "weight_scale") if "layers" in name}  # not of embedding and head
         norms = {name for name in rounded.state_dict() if "layernorm" in name}
         biases = set(tensors(rounded, "bias"))
         assert len(biases) == 4
@@ -70,7 +70,7 @@ class TestTune:
 
     def test_dtypes_and_gradients_are_given_back_after_an_error(self, tokenizer, monkeypatch):
         model = build_model(tokenizer, seed=1)
-        before = {name: p.requires_grad for name, p in model.named_parameters() if "proj" not in name}
+        before = {name: p.requires_grad for name, p in model.named_parameters() if "norm" in name}  # others are packed
         monkeypatch.setattr(tuning, "_backward", lambda *a: 1 / 0)
         settings = {"bits": 2, "group_size": 16, "dataset": TOKENS, "num_samples": 8, "seq_length": 32}
         with pytest.raises(ZeroDivisionError):

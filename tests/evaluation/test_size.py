@@ -1,6 +1,6 @@
 """
-Laws of storage: bits per weight count every stored tensor of the quantized layers and nothing else; all other
-parameters are counted once.
+Laws of storage: bits per weight count every tensor that is stored, once; those of decoder blocks count every tensor of
+their quantized linears and nothing else.
 """
 
 import copy
@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from tests.tiny import build_model
+from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.linear import D2QuantLinear
+from trl_gopd.d2quant.quantize import quantize_model
 from trl_gopd.evaluation import storage
 from trl_gopd.evaluation.size import weight_file_bytes
 
@@ -44,20 +46,46 @@ def packed(model, bias=False):
 class TestBitsPerWeight:
     def test_counts_words_scales_and_zero_points(self, plain):
         result = storage(packed(plain))
-        assert result.bits_per_weight == 2 + 16 / 16 + 8 / 16
+        assert result.block_bits_per_weight == 2 + 16 / 16 + 8 / 16
         assert (result.quantized_layers, result.quantized_weights) == (2, 2 * 32 * 64)
 
     def test_counts_a_bias(self, plain):
-        assert storage(packed(plain, bias=True)).bits_per_weight == 2 + 16 / 16 + 8 / 16 + 32 / 32
+        assert storage(packed(plain, bias=True)).block_bits_per_weight == 2 + 16 / 16 + 8 / 16 + 32 / 32
 
     def test_of_a_d2quant_layer(self):
         # 2 bits; in groups of 16, a float16 scale and a zero point of 2 bits
         layer = D2QuantLinear(32, 64, bits=2, group_size=16)
-        assert storage(layer).bits_per_weight == 2 + 16 / 16 + 2 / 16
+        assert storage(layer).block_bits_per_weight == 2 + 16 / 16 + 2 / 16
 
-    def test_is_none_for_a_model_in_floats(self, plain):
+    def test_of_a_model_in_floats(self, plain):
         result = storage(plain.bfloat16())
-        assert result.bits_per_weight is None and result.quantized_layers == 0
+        assert (result.bits_per_weight, result.block_bits_per_weight, result.quantized_layers) == (16, None, 0)
+        assert storage(nn.Identity()).bits_per_weight is None
+
+    def test_counts_what_is_not_quantized(self, plain):
+        weights = plain.num_parameters()
+        quantized = 2 * 32 * 64
+        bits = 32 * (weights - quantized) + (2 + 16 / 16 + 8 / 16) * quantized
+        assert storage(packed(plain)).bits_per_weight == pytest.approx(bits / weights, rel=1e-12)
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_counts_embedding_and_head(self, tokenizer, tied):
+        model = build_model(tokenizer, seed=1, hidden_size=64, tie_word_embeddings=tied)
+        plain = storage(model)
+        tokens = torch.arange(64).view(2, 32)
+        settings = {"dataset": tokens, "num_samples": 2, "seq_length": 32, "tune_epochs": 0, "embedding_bits": 4}
+        quantize_model(model, None, D2QuantConfig(2, 16, **settings))
+        result = storage(model)
+        matrices = 1 if tied else 2
+        vocabulary = len(tokenizer)
+        blocks = result.quantized_weights - matrices * vocabulary * 64
+        assert result.quantized_layers == 14 + matrices
+        assert result.quantized_weights + result.parameters_left == plain.parameters_left
+        assert result.block_bits_per_weight == 2 + 16 / 16 + 2 / 16
+        # four groups a row, with scales of 16 bits; zero points of 4 bits, padded to 32 tokens; a float for all rows
+        bits = matrices * (vocabulary * 64 * 4 + 4 * (vocabulary * 16 + -(-vocabulary // 32) * 32 * 4)) + 32
+        stored = bits + blocks * result.block_bits_per_weight + 32 * result.parameters_left
+        assert result.bits_per_weight == pytest.approx(stored / plain.parameters_left, rel=1e-12)
 
 
 class TestParametersLeft:

@@ -163,9 +163,10 @@ def _table(args: argparse.Namespace, windows: "torch.Tensor", measured: dict[str
             ("KL(reference ‖ model)", pm(kl, kl_error, 4) + " nats per token"),
             ("same most likely token", pm(agreement.top1, agreement.top1_standard_error, 4)),
         ]
-    if storage.quantized_layers:
-        counts = f"{storage.quantized_weights:,} weights in {storage.quantized_layers} layers"
-        rows += [("bits per weight", f"{storage.bits_per_weight:.3f}, {counts}")]
+    rows += [("bits per weight", f"{storage.bits_per_weight:.3f}, of everything")]
+    if storage.block_bits_per_weight:
+        counts = f"{storage.quantized_weights:,} weights in {storage.quantized_layers} layers, with embedding and head"
+        rows += [("  in decoder blocks", f"{storage.block_bits_per_weight:.3f}"), ("quantized", counts)]
     rows += [
         ("parameters not quantized", f"{storage.parameters_left:,}"),
         ("weight files", f"{storage.file_bytes / 1e6:.1f} MB"),

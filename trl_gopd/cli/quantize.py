@@ -26,6 +26,10 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value  # so that strings can be given without quotes
 
 
+def _embedding_bits(text: str) -> int | None:
+    return None if text.lower() == "none" else int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of `trl-gopd quantize`."""
     parser = argparse.ArgumentParser("trl-gopd quantize", description=__doc__)
@@ -35,6 +39,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--preset", choices=PRESETS, default="default", help="set of options to start from (default)")
     parser.add_argument("--bits", type=int, default=2, help="bits of a weight: 2, 3, 4 or 8 (2)")
+    parser.add_argument(
+        "--embedding-bits",
+        metavar="N",
+        type=_embedding_bits,
+        default=argparse.SUPPRESS,
+        help="bits of a weight of embedding and head: 2, 3, 4, 8, or none to leave them as they are (8)",
+    )
     parser.add_argument(
         "--group-size", metavar="N", type=int, help="number of columns that share a scale; -1: one group a row"
     )
@@ -97,7 +108,10 @@ def main(arguments: list[str]) -> int:
     for note in report.notes:
         print(note)
     size = storage(model, args.output_dir)
-    print(f"{report.seconds:.0f} s; {size.bits_per_weight:.3f} bits a weight; wrote {args.output_dir}")
+    print(
+        f"{report.seconds:.0f} s; {size.block_bits_per_weight:.3f} bits a weight in decoder blocks, "
+        f"{size.bits_per_weight:.3f} in all, {(size.file_bytes or 0) / 1e6:.1f} MB; wrote {args.output_dir}"
+    )
     return 0
 
 
@@ -107,6 +121,8 @@ def _config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> "D2Qua
 
     names = ("group_size", "dataset", "num_samples", "seq_length", "seed", "work_dir")
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if hasattr(args, "embedding_bits"):  # None is a choice here
+        settings["embedding_bits"] = args.embedding_bits
     build = D2QuantConfig if args.preset == "default" else getattr(D2QuantConfig, args.preset)
     try:
         config: D2QuantConfig = build(bits=args.bits, **{**settings, **dict(args.set)})

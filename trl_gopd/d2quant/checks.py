@@ -15,6 +15,7 @@ from trl_gopd.d2quant.linear import D2QuantLinear
 from trl_gopd.d2quant.names import check_entries
 from trl_gopd.d2quant.rotation import rotated_magnitudes
 from trl_gopd.d2quant.stages import linears_to_quantize
+from trl_gopd.d2quant.token_matrices import chosen_token_matrices
 from trl_gopd.d2quant.topology import Topology, find_topology
 
 
@@ -70,7 +71,10 @@ def check_model(model: PreTrainedModel, config: D2QuantConfig, undo: ExitStack) 
             )
     check_finite(model.state_dict().items(), "Is the checkpoint whole, and in range of its dtype?")
     for block, name in linears:
-        _check_scales(f"{block.name}.{name}", largest(block.linear(name).weight), config)
+        _check_scales(f"{block.name}.{name}", largest(block.linear(name).weight), config, config.bits)
+    if config.embedding_bits is not None:
+        for name, matrix in chosen_token_matrices(model, config).items():
+            _check_scales(name, largest(matrix.weight), config, config.embedding_bits)
     if config.rotation is not None:
         _check_rotation(model, topology, {f"{block.name}.{name}" for block, name in linears}, config)
     return topology
@@ -95,17 +99,17 @@ def _check_rotation(
             )
         linear = name.removesuffix(".weight")
         if linear in linears:
-            _check_scales(linear, magnitude, config)
+            _check_scales(linear, magnitude, config, config.bits)
 
 
-def _check_scales(name: str, magnitude: float, config: D2QuantConfig) -> None:
-    """Refuses a linear with weights up to `magnitude` if its scales vanish or overflow in `config.scale_dtype`."""
+def _check_scales(name: str, magnitude: float, config: D2QuantConfig, bits: int) -> None:
+    """Refuses a matrix with weights up to `magnitude` if its scales vanish or overflow in `config.scale_dtype`."""
     info = torch.finfo(config.torch_scale_dtype)
     # Below this, a scale has fewer bits than the codes that it multiplies. It is computed in float32.
-    lowest = 2**config.bits * max(info.smallest_normal * info.eps, torch.finfo(torch.float32).tiny)
-    scale = 2 * magnitude / (2**config.bits - 1)  # of a group that reaches from minus to plus `magnitude`
+    lowest = 2**bits * max(info.smallest_normal * info.eps, torch.finfo(torch.float32).tiny)
+    scale = 2 * magnitude / (2**bits - 1)  # of a group that reaches from minus to plus `magnitude`
     if magnitude and not lowest <= scale <= info.max:
         raise ValueError(
-            f"`scale_dtype` must hold the scales of all linears, got {config.scale_dtype!r} and `{name}` with weights "
-            f"up to {magnitude:.3g}. Use 'bfloat16' or 'float32', or name it in `modules_to_not_convert`."
+            f"`scale_dtype` must hold the scales of all packed weights, got {config.scale_dtype!r} and `{name}` with "
+            f"weights up to {magnitude:.3g}. Use 'bfloat16' or 'float32', or name it in `modules_to_not_convert`."
         )

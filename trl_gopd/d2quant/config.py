@@ -49,12 +49,17 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             `grid`, as for all other linears.
         scale_dtype (`str`, *optional*, defaults to `"float16"`):
             Dtype of the stored scales: `"float16"`, `"bfloat16"` or `"float32"`.
+        embedding_bits (`int`, *optional*, defaults to `8`):
+            Width of a code of the token embeddings and of the output head: 2, 3, 4 or 8, in affine groups of
+            `group_size` channels. Tied ones share their storage. At 8 bits they are rounded to nearest; below, the
+            head is rounded with GPTQ unless `rounding="rtn"`. `None` leaves both as they are.
         modules_to_not_convert (`list[str]`, *optional*):
-            Linears of the decoder blocks to leave as they are: by the end of their names (`"mlp.down_proj"`), by the
-            name of a module that contains them (`"layers.0"`, `"self_attn"`), or by a regular expression for the name
-            from its start (`".*down_proj"`); or parameters with the matrices of all experts
-            (`"mlp.experts.down_proj"`). An entry that nothing has is refused. Embeddings and the head always are left.
-            A checkpoint lists all matrices of the blocks that are in full precision.
+            Linears of the decoder blocks, embedding or head to leave as they are: by the end of their names
+            (`"mlp.down_proj"`), by the name of a module that contains them (`"layers.0"`, `"self_attn"`), or by a
+            regular expression for the name from its start (`".*down_proj"`); or parameters with the matrices of all
+            experts (`"mlp.experts.down_proj"`). An entry that nothing has is refused. Of tied ones, embedding and head
+            are both left. A checkpoint lists all matrices of the blocks, and the embedding and head, that are in full
+            precision.
 
     > Parameters that control the rounding
 
@@ -162,6 +167,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         grid: Grid = "affine",
         down_grid: Grid | None = None,
         scale_dtype: str | torch.dtype = "float16",
+        embedding_bits: int | None = 8,
         modules_to_not_convert: list[str] | None = None,
         rounding: str = "gptaq",
         alpha: float = 0.25,
@@ -199,6 +205,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.down_grid = down_grid
         # stored as a string, since JSON has no dtypes
         self.scale_dtype = str(scale_dtype).removeprefix("torch.")
+        self.embedding_bits = embedding_bits
         self.modules_to_not_convert = modules_to_not_convert
         self.rounding = rounding
         self.alpha = alpha
@@ -244,6 +251,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             "bits": bits,
             "group_size": 128,
             "grid": "affine",
+            "embedding_bits": None,
             "rounding": "gptaq",
             "alpha": 0.25,
             "damp_percent": 0.01,
@@ -286,6 +294,8 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         _check_version(config_dict.get("format_version", FORMAT_VERSION))
         if config_dict.get("integrity") is not None:
             check_settings(config_dict)
+            # A checkpoint that does not state it is older than the packing of embeddings.
+            config_dict = {"embedding_bits": None, **config_dict}
         fields = vars(cls())
         unknown = [name for name in config_dict if name not in fields]
         if unknown:
@@ -349,6 +359,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"`bits` must be 2 or 3 for the grid 'bitplane', got {self.bits}. Use the grid 'affine' or 'midrise'."
             )
         self._check_choices("scale_dtype", tuple(SCALE_DTYPES))
+        self._check_choices("embedding_bits", (None, *BITS))
         self._check_choices("rounding", ROUNDINGS)
         self._check_number("alpha", 0, 1, "0 is GPTQ.")
         self._check_number("damp_percent", 0, 1, "GPTQ uses 0.01.", open_start=True)

@@ -49,11 +49,11 @@ def pack_linear(
     )
 
 
-def replace_linear(parent: nn.Module, name: str, packed: D2QuantLinear) -> None:
-    """Puts `packed` in the place of the linear called `name` in `parent`, in its mode, with the hook of accelerate."""
-    linear: Any = parent.get_submodule(name)
-    if hasattr(linear, "_hf_hook"):  # by which accelerate moves inputs, and weights, of this very module
+def replace_module(parent: nn.Module, name: str, packed: nn.Module) -> None:
+    """Puts `packed` in the place of the module called `name` in `parent`, in its mode, with the hook of accelerate."""
+    dense: Any = parent.get_submodule(name)
+    if hasattr(dense, "_hf_hook"):  # by which accelerate moves inputs, and weights, of this very module
         from accelerate.hooks import add_hook_to_module
 
-        add_hook_to_module(packed, linear._hf_hook)
-    parent.set_submodule(name, packed.train(linear.training))
+        add_hook_to_module(packed, dense._hf_hook)
+    parent.set_submodule(name, packed.train(dense.training))

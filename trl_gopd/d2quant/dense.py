@@ -13,6 +13,7 @@ from torch import nn
 from transformers.utils import logging
 
 from trl_gopd.d2quant.as_linears import unmake_linears
+from trl_gopd.d2quant.embedding import D2QuantEmbedding
 from trl_gopd.d2quant.linear import D2QuantLinear
 
 
@@ -24,25 +25,33 @@ logger = logging.get_logger(__name__)
 WRAPPED = ".base_layer"  # what PEFT appends to the name of a linear with an adapter
 
 
-def make_dense(model: "PreTrainedModel", packed: dict[str, D2QuantLinear], dtype: torch.dtype | None) -> None:
+def make_dense(
+    model: "PreTrainedModel", packed: "dict[str, D2QuantLinear | D2QuantEmbedding]", dtype: torch.dtype | None
+) -> None:
     """
     Replaces packed linears by dense ones that compute the same, in place.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The quantized model, all of it in memory. Its configuration is changed where biases need it.
-        packed (`dict[str, D2QuantLinear]`):
-            Its packed linears, by their names.
+        packed (`dict[str, D2QuantLinear | D2QuantEmbedding]`):
+            Its packed linears and embeddings, by their names.
         dtype (`torch.dtype`, *optional*):
             Of all its parameters, except for adapters and for what transformers keeps in float32. By default that of
             dense linears is float32, and the others stay as they are.
     """
-    for name, module in packed.items():
-        # Trainable, as after loading a dense checkpoint, except for the frozen base of an adapter.
-        model.set_submodule(name, module.to_dense(dtype).requires_grad_(not name.endswith(WRAPPED)))
     with torch.device("meta"):
-        unmake_linears(model, type(model)(model.config))
-    plain = _open_places(model, {name.removesuffix(WRAPPED) for name, m in packed.items() if m.bias is not None})
+        family: Any = type(model)(model.config)
+    for name, module in packed.items():
+        if isinstance(module, D2QuantEmbedding):
+            dense: nn.Module = module.to_dense(family.get_submodule(name.removesuffix(WRAPPED)), dtype)
+        else:
+            dense = module.to_dense(dtype)
+        # Trainable, as after loading a dense checkpoint, except for the frozen base of an adapter.
+        model.set_submodule(name, dense.requires_grad_(not name.endswith(WRAPPED)))
+    unmake_linears(model, family)
+    biased = {name for name, module in packed.items() if getattr(module, "bias", None) is not None}
+    plain = _open_places(model, {name.removesuffix(WRAPPED) for name in biased})
     kept = {} if dtype is None else model._get_dtype_plan(dtype)
     for name, parameter in model.named_parameters():
         is_own = name.replace(f"{WRAPPED}.", ".") in plain

@@ -27,10 +27,12 @@ from trl_gopd.files import written_whole
 
 from .config import QUANT_METHOD, RUNTIME_FIELDS, D2QuantConfig, is_listed
 from .convert import empty_packed
+from .embedding import D2QuantEmbedding
 from .foreign import allow_loading, forget_code, write_along
 from .integrity import REMEDY, check_model_config, check_tensors, statement
 from .linear import D2QuantLinear
 from .names import check_entries, is_named
+from .token_matrices import forget_packed_token_matrices, insert_empty_token_matrices, token_matrices
 
 
 # Modules that need model classes are imported where they are used: this file is imported while transformers itself is
@@ -83,6 +85,7 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         if self.pre_quantized:
             self._inserted = _insert_packed(model, self.quantization_config)
+            self._inserted += insert_empty_token_matrices(model, self.quantization_config)
             if checkpoint_files is not None:  # otherwise the caller passes tensors of its own
                 check_tensors(checkpoint_files, self._integrity(), model)
         else:
@@ -130,6 +133,7 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         make_dense(model, packed, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         if dtype is not None:
             model.config.dtype = dtype
+        forget_packed_token_matrices(model)
         return model
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[None, dict[str, str]]:
@@ -227,8 +231,12 @@ def save_quantized(
             tokenizer.save_pretrained(part)
 
 
-def _packed(model: nn.Module) -> Iterator[tuple[str, D2QuantLinear]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, D2QuantLinear))
+def _packed(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, module) for name, module in model.named_modules() if _is_packed(module))
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return isinstance(module, (D2QuantLinear, D2QuantEmbedding))
 
 
 def _block_linears(model: "PreTrainedModel") -> dict[str, nn.Linear]:
@@ -267,14 +275,27 @@ def _describe(model: "PreTrainedModel", config: D2QuantConfig) -> D2QuantConfig:
                 f"`config` must say how `{name}` is packed, got {config.bits} bits, groups of {config.group_size} and "
                 f"the grid {config.grid!r} for {module}. Pass the configuration it was quantized with."
             )
+    matrices = token_matrices(model)
+    dense = [name for name, module in matrices.items() if not _is_packed(module)]
+    for name in matrices.keys() - dense:
+        layout = (matrices[name].bits, matrices[name].group_size)
+        if layout != (config.embedding_bits, config.group_size_of(matrices[name].packed.in_features)):
+            raise ValueError(
+                f"`config` must say how `{name}` is packed, got `embedding_bits` {config.embedding_bits} and groups "
+                f"of {config.group_size} for {matrices[name]}. Pass the configuration it was quantized with."
+            )
     described = copy.deepcopy(config)
     for field in RUNTIME_FIELDS:
         setattr(described, field, None)
-    dense, experts = _dense_matrices(model), find_expert_parameters(model)
-    described.modules_to_not_convert = _ends_of_names(dense, dense | linears.keys())
+    if len(dense) == len(matrices):
+        described.embedding_bits, dense = None, []
+    dense_matrices, experts = _dense_matrices(model), find_expert_parameters(model)
+    described.modules_to_not_convert = _ends_of_names(
+        [*dense_matrices, *dense], [*(dense_matrices | linears.keys()), *matrices]
+    )
     described.expert_parameters = {
         end: next(transposed for name, transposed in experts.items() if is_listed(name, [end]))
-        for end in _ends_of_names(experts, dense | experts.keys())
+        for end in _ends_of_names(experts, dense_matrices | experts.keys())
     } or None
     described.bias_modules = _ends_of_names([n for n, m in packed.items() if m.bias is not None], linears)
     described.input_scale_modules = _ends_of_names(
@@ -290,7 +311,7 @@ def _ends_of_names(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
     others = [name for name in names if name not in chosen]
     ends = set()
     for name in chosen:
-        in_block = re.split(r"\.\d+\.", name, maxsplit=1)[1]
+        in_block = re.split(r"\.\d+\.", name, maxsplit=1)[-1]  # all of the name outside of the blocks
         ends.add(name if any(is_named(other, [in_block]) for other in others) else in_block)
     return sorted(ends)
 

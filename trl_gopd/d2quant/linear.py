@@ -181,16 +181,7 @@ class D2QuantLinear(nn.Linear):
         What `.to()`, `.half()` and the like do: the bias is cast, and all tensors are moved. Scales keep their dtype,
         because rounding them would change every weight.
         """
-        scales = [scale for scale in (self.weight_scale, self.input_scale) if scale is not None]
-        kept = [*scales, *(scale.grad for scale in scales if scale.grad is not None)]
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if moved.dtype != tensor.dtype and any(tensor is scale for scale in kept):
-                return tensor.to(moved.device)
-            return moved
-
-        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(moving(fn, self.weight_scale, self.input_scale), recurse)  # type: ignore[no-untyped-call]
         return self
 
     @torch.no_grad()
@@ -239,6 +230,19 @@ class D2QuantLinear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={self.group_size}, grid={self.grid}, bias={self.bias is not None}{scaled}"
         )
+
+
+def moving(fn: Callable[[Tensor], Tensor], *scales: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """What `fn` of `torch.nn.Module._apply` does, but for the dtype of `scales` and of their gradients."""
+    kept = [tensor for scale in scales if scale is not None for tensor in (scale, scale.grad) if tensor is not None]
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        if moved.dtype != tensor.dtype and any(tensor is scale for scale in kept):
+            return tensor.to(moved.device)
+        return moved
+
+    return move
 
 
 def _finite(scales: Tensor, dtype: torch.dtype) -> Tensor:

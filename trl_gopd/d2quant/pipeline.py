@@ -23,8 +23,9 @@ from trl_gopd.d2quant.finite import check_finite
 from trl_gopd.d2quant.recording import evaluation_mode
 from trl_gopd.d2quant.report import Report
 from trl_gopd.d2quant.rotation import fuse_norms, rotate
-from trl_gopd.d2quant.stages import quantize_block
-from trl_gopd.d2quant.streams import BlockCalls, Streams, check_stream
+from trl_gopd.d2quant.stages import quantize_block, stage_statistics
+from trl_gopd.d2quant.streams import BlockCalls, Streams, check_stream, input_of
+from trl_gopd.d2quant.token_matrices import NEAREST_BITS, TokenMatrices, chosen_token_matrices, pack_token_matrices
 from trl_gopd.d2quant.topology import Topology
 from trl_gopd.d2quant.tuning import tune
 from trl_gopd.d2quant.workdir import WorkDir, fingerprint
@@ -37,7 +38,7 @@ logger = logging.get_logger(__name__)
 @torch.no_grad()
 def quantize_blocks(model: PreTrainedModel, tokenizer: Any, config: D2QuantConfig) -> Report:
     """
-    Quantizes the decoder blocks of a model in place; arguments, errors and result are those of
+    Quantizes a model in place; arguments, errors and result are those of
     [`~trl_gopd.d2quant.quantize.quantize_model`]. What transformers has to know of it is not set yet.
     """
     start = time.perf_counter()
@@ -64,6 +65,10 @@ def quantize_blocks(model: PreTrainedModel, tokenizer: Any, config: D2QuantConfi
             fuse_norms(model, topology)
             rotate(model, topology, size=config.rotation_size, seed=config.seed)
         calls, streams = _run_to_first_block(model, topology, windows)
+        matrices = pack_token_matrices(model, config, head_hessian(model, windows, config))
+        if matrices.packed:
+            streams.restart_quantized(calls, windows)
+            return_freed_memory()
         finished = work.load(topology, calls, streams, config) if work else []
         for block, block_report in zip(topology.blocks, finished, strict=False):
             report.add(block.name, block_report)
@@ -77,9 +82,17 @@ def quantize_blocks(model: PreTrainedModel, tokenizer: Any, config: D2QuantConfi
         detach_from_checkpoint(model)
         if config.tune_epochs:
             streams.quantized.clear()
-            report.tuning_kl = tune(model, topology, calls, starts=streams.start, full=streams.full, config=config)
+            report.tuning_kl = tune(
+                model,
+                topology,
+                calls,
+                starts=streams.start,
+                full=streams.full,
+                full_head=matrices.full_head,
+                config=config,
+            )
     check_finite(model.state_dict().items(), "Lower `tune_learning_rate`, or use the `scale_dtype` 'bfloat16'.")
-    report.notes = _notes(topology, config)
+    report.notes = _notes(topology, matrices, config)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -90,6 +103,17 @@ def _run_to_first_block(model: PreTrainedModel, topology: Topology, windows: Ten
     streams = Streams.before_first_block(calls, windows)
     check_stream(streams.start, "The hidden states before the first block")
     return calls, streams
+
+
+@torch.no_grad()
+def head_hessian(model: PreTrainedModel, windows: torch.Tensor, config: D2QuantConfig) -> torch.Tensor | None:
+    """H of the head over `windows` `(samples, tokens)`, in full precision; `None` where its packing needs none."""
+    heads = [module for module in chosen_token_matrices(model, config).values() if isinstance(module, nn.Linear)]
+    bits = config.embedding_bits
+    if not heads or bits is None or bits >= NEAREST_BITS or config.rounding == "rtn":
+        return None
+    inputs = (input_of(model, heads[0], window).flatten(0, -2) for window in windows)
+    return stage_statistics(inputs, [None] * len(windows))[0]
 
 
 def detach_from_checkpoint(model: nn.Module) -> None:
@@ -120,7 +144,7 @@ def _log_full_precision(model: PreTrainedModel, topology: Topology) -> None:
     )
 
 
-def _notes(topology: Topology, config: D2QuantConfig) -> list[str]:
+def _notes(topology: Topology, matrices: TokenMatrices, config: D2QuantConfig) -> list[str]:
     """What was asked for and could not be done, or was left out, one line each."""
     lines: dict[str, list[str]] = {}
     for block in topology.blocks:
@@ -135,4 +159,7 @@ def _notes(topology: Topology, config: D2QuantConfig) -> list[str]:
         block_name, _, in_block = name.removeprefix(f"{topology.blocks_name}.").partition(".")
         line = f"{in_block} stays in full precision: {reason}"
         lines.setdefault(line, []).append(f"{topology.blocks_name}.{block_name}")
-    return [f"{line} ({len(names)} blocks, the first {names[0]})" for line, names in lines.items()]
+    return [
+        *(f"{name} stays in full precision: {reason}" for name, reason in matrices.full_precision.items()),
+        *(f"{line} ({len(names)} blocks, the first {names[0]})" for line, names in lines.items()),
+    ]

@@ -12,7 +12,8 @@ from .report import Report
 
 def quantize_model(model: PreTrainedModel, tokenizer: Any = None, config: D2QuantConfig | None = None) -> Report:
     """
-    Quantizes the decoder blocks of a model in place: each linear becomes a [`D2QuantLinear`].
+    Quantizes a model in place: each linear of its decoder blocks becomes a [`D2QuantLinear`], and so does the head.
+    Token embeddings become a [`~trl_gopd.d2quant.embedding.D2QuantEmbedding`].
 
     Everything that can be refused is refused before the first weight changes. An error after that leaves the model
     partly quantized; with `config.work_dir`, the finished blocks are kept there, and the same call on a freshly loaded

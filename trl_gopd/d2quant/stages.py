@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_gopd.d2quant.config import D2QuantConfig
-from trl_gopd.d2quant.convert import pack_linear, replace_linear
+from trl_gopd.d2quant.convert import pack_linear, replace_module
 from trl_gopd.d2quant.correction import Deviation, mean_shift
 from trl_gopd.d2quant.finite import check_finite, is_finite
 from trl_gopd.d2quant.report import BlockReport, LinearReport
@@ -101,7 +101,7 @@ def quantize_block(block: Block, calls: BlockCalls, streams: Streams, config: D2
             packed = pack_linear(block.linear(name), result.weight, config, input_scale=rounded.input_scales.get(name))
         except ValueError as error:
             raise ValueError(f"`{block.name}.{name}` cannot be packed: {error}") from error
-        replace_linear(block.module, name, packed)
+        replace_module(block.module, name, packed)
     tensors = ((f"{block.name}.{name}", tensor) for name, tensor in block.module.state_dict().items())
     check_finite(tensors, "Load the model in bfloat16 or float32.")
     calls.move(block, streams.quantized)

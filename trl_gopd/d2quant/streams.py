@@ -28,7 +28,7 @@ class Streams:
     Hidden states of each calibration window, `(1, tokens, hidden_size)` on the CPU.
 
     Args:
-        start (`list[torch.Tensor]`): before the first block.
+        start (`list[torch.Tensor]`): before the first block, as the quantized model computes it.
         full (`list[torch.Tensor]`): before the next block, as the full-precision model computes it.
         quantized (`list[torch.Tensor]`): before the next block, as the blocks quantized so far compute it.
     """
@@ -42,6 +42,11 @@ class Streams:
         """The streams of `windows` `(samples, tokens)`, before any block has run."""
         start = [calls.first(window) for window in windows]
         return cls(start, list(start), list(start))
+
+    def restart_quantized(self, calls: "BlockCalls", windows: Tensor) -> None:
+        """Begins the quantized stream anew, now that the model's embedding is packed."""
+        self.start = [calls.first(window) for window in windows]
+        self.quantized = list(self.start)
 
 
 @dataclass
@@ -96,20 +101,7 @@ class BlockCalls:
 
     def first(self, window: Tensor) -> Tensor:
         """Hidden states `(1, tokens, hidden_size)` that enter the first block, on the CPU."""
-        seen: list[Tensor] = []
-
-        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append(args[0] if args else kwargs["hidden_states"])
-            raise _Stop
-
-        handle = self.first_block.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            self.model(window[None].to(self.model.device), use_cache=False)
-        except _Stop:
-            pass
-        finally:
-            handle.remove()
-        return seen[0].detach().cpu()
+        return input_of(self.model, self.first_block, window).cpu()
 
     def run(self, block: Block, hidden: Tensor) -> Tensor:
         """Output of a block, `(1, tokens, hidden_size)` on the block's device."""
@@ -166,6 +158,24 @@ class BlockCalls:
         finally:
             handle.remove()
         return None
+
+
+def input_of(model: PreTrainedModel, module: nn.Module, window: Tensor) -> Tensor:
+    """What a block or the head of a model is given for a window `(tokens,)`: `(1, tokens, hidden_size)`."""
+    seen: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+        raise _Stop
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(window[None].to(model.device), use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return seen[0].detach()
 
 
 def check_stream(stream: list[Tensor], what: str) -> None:

@@ -45,6 +45,7 @@ def tune(
     *,
     starts: list[Tensor],
     full: list[Tensor],
+    full_head: nn.Module | None = None,
     config: "D2QuantConfig",
 ) -> list[float]:
     """
@@ -52,12 +53,15 @@ def tune(
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            The quantized model. Its head and final norm are those of the full-precision model, and are not tuned.
+            The quantized model. Its final norm is that of the full-precision model. Final norm, embedding and head are
+            not tuned.
         topology ([`Topology`]), calls ([`BlockCalls`]):
             Its topology, and how to run its blocks.
         starts (`list[torch.Tensor]`), full (`list[torch.Tensor]`):
             Hidden states `(1, tokens, hidden_size)` of each window: before the first block, and after the last one of
             the full-precision model.
+        full_head (`torch.nn.Module`, *optional*):
+            Head of the full-precision model, which makes the targets, if the model's own is packed.
         config ([`D2QuantConfig`]):
             `tune_epochs`, `tune_learning_rate` and `seed` are used.
 
@@ -69,7 +73,7 @@ def tune(
         `ValueError`: if the loss is not finite. The parameters are those of the step before then.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    head = None if topology.lm_head is None else OutputHead(model)
+    heads = None if topology.lm_head is None else (OutputHead(model), OutputHead(model, full_head))
     steps = config.tune_epochs * len(starts)
     losses: list[float] = []
     with (
@@ -82,7 +86,7 @@ def tune(
         for _ in range(config.tune_epochs):
             total = 0.0
             for index in torch.randperm(len(starts), generator=generator).tolist():
-                loss = _backward(model, topology, calls.of_window(index), head, starts[index], full[index])
+                loss = _backward(model, topology, calls.of_window(index), heads, starts[index], full[index])
                 if not math.isfinite(loss):
                     raise ValueError(
                         f"The tuning's loss is {loss} for calibration window {index}, in step {bar.n + 1} of {steps}. "
@@ -108,7 +112,8 @@ def _trainable_parameters(model: PreTrainedModel, topology: Topology) -> Iterato
     The parameters to tune. In the body they alone require gradients, and scales are in float32; afterwards, dtypes and
     `requires_grad` are what they were.
     """
-    stored = {m: m.weight_scale.dtype for m in model.modules() if isinstance(m, D2QuantLinear)}
+    modules = (module for block in topology.blocks for module in block.module.modules())
+    stored = {m: m.weight_scale.dtype for m in modules if isinstance(m, D2QuantLinear)}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     for module in stored:
         module.weight_scale = nn.Parameter(module.weight_scale.float(), requires_grad=False)
@@ -153,7 +158,7 @@ def _backward(
     model: PreTrainedModel,
     topology: Topology,
     calls: "BlockCalls",
-    head: OutputHead | None,
+    heads: tuple[OutputHead, OutputHead] | None,
     start: Tensor,
     full: Tensor,
 ) -> float:
@@ -168,12 +173,12 @@ def _backward(
     leaf = output.detach().requires_grad_(True)
     loss = 0.0
     for part, target_part in zip(leaf.split(CHUNK, dim=1), target.split(CHUNK, dim=1), strict=True):
-        if head is None:
+        if heads is None:
             chunk_loss = (part.float() - target_part.float()).square().sum() / target.float().square().sum()
         else:
             with torch.no_grad():
-                expected = head(target_part).float().log_softmax(-1)
-            given = head(part).float().log_softmax(-1)
+                expected = heads[1](target_part).float().log_softmax(-1)
+            given = heads[0](part).float().log_softmax(-1)
             chunk_loss = F.kl_div(given, expected, log_target=True, reduction="sum") / leaf.shape[1]
         chunk_loss.backward()
         loss += float(chunk_loss.detach())

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 import trl_gopd
 from trl_gopd.d2quant.config import D2QuantConfig
-from trl_gopd.d2quant.convert import empty_packed, replace_linear
+from trl_gopd.d2quant.convert import empty_packed, replace_module
 from trl_gopd.d2quant.linear import D2QuantLinear
 from trl_gopd.d2quant.report import BlockReport, LinearReport
 from trl_gopd.d2quant.streams import BlockCalls, Streams
@@ -134,7 +134,7 @@ class WorkDir:
     def _load_block(self, number: int, block: Block, config: D2QuantConfig) -> BlockReport:
         tensors, facts = self._read(_file_of(number))
         for name, layout in facts["layout"].items():
-            replace_linear(block.module, name, empty_packed(block.linear(name), config, **layout))
+            replace_module(block.module, name, empty_packed(block.linear(name), config, **layout))
         block.module.load_state_dict(tensors)
         return BlockReport([LinearReport(**entry) for entry in facts["linears"]], facts["shift_explained"])
 

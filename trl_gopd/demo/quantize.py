@@ -102,7 +102,7 @@ def _row(
     agreement = compare(model, original, windows)
     return {
         "bits": bits,
-        "bits_per_weight": storage(model).bits_per_weight,
+        "bits_per_weight": None if bits is None else storage(model).bits_per_weight,
         "file_mb": weight_file_bytes(folder) / 1e6,
         "perplexity": agreement.model.value,
         "kl": agreement.kl,

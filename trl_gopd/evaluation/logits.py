@@ -81,6 +81,8 @@ class OutputHead:
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Causal language model. Its head is looked up when it is called.
+        head (`torch.nn.Module`, *optional*):
+            Output embeddings that compute in the place of the model's own.
 
     Raises:
         `TypeError`: if the head cannot be told from the backbone.
@@ -99,15 +101,15 @@ class OutputHead:
     ```
     """
 
-    def __init__(self, model: PreTrainedModel):
-        self._model = model
+    def __init__(self, model: PreTrainedModel, head: nn.Module | None = None):
+        self._model, self._head = model, head
         ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
         with torch.no_grad():
             self._output = backbone(model)(input_ids=ids, use_cache=False)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Returns the logits `(B, T, V)` of last hidden states `(B, T, hidden_size)`. Gradients flow to the states."""
-        return _head_logits(self._model, self._output, hidden)
+        return _head_logits(self._model, self._output, hidden, self._head)
 
 
 def backbone(model: PreTrainedModel) -> Any:
@@ -122,12 +124,13 @@ def backbone(model: PreTrainedModel) -> Any:
     )
 
 
-def _head_logits(model: PreTrainedModel, output: Any, hidden: Tensor) -> Tensor:
+def _head_logits(model: PreTrainedModel, output: Any, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
     """Logits of `hidden` `(B, T, hidden_size)`; all else that the head reads is as in `output`, of the backbone."""
     output = copy.copy(output)
     output.last_hidden_state = hidden
     ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-    with _backbone_returning(model, output):
+    own = model.get_output_embeddings()
+    with _backbone_returning(model, output), forwards_replaced({} if head is None else {own: head.forward}):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits
 

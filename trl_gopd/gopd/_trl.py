@@ -6,7 +6,9 @@ moves one.
 """
 
 import contextlib
+import functools
 import os
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,6 +45,7 @@ __all__ = [
     "ACCEPTED",
     "allow_one_generation",
     "check_device",
+    "dense_head",
     "refuse_head_adapter",
     "create_model_from_path",
     "disable_gradient_checkpointing",
@@ -57,6 +60,7 @@ __all__ = [
     "set_rollouts",
     "through_forward",
     "tools_of_rows",
+    "unpack_quantized_head",
     "use_adapter",
     "without_reference_adapter",
 ]
@@ -82,6 +86,51 @@ def refuse_head_adapter(student: Any) -> None:
             "Giving a PEFT adapter to `lm_head` is not supported: hidden states are multiplied by the head's own "
             "weight, so the adapter would not be trained. Remove 'lm_head' from `target_modules`."
         )
+
+
+def dense_head(head: Any, dtype: torch.dtype | None = None) -> Any:
+    """
+    An output head whose `weight` can be multiplied by: `head` itself, or its dense and frozen copy in `dtype` where
+    the weight is quantized, so that it holds codes.
+    """
+    if head.weight.is_floating_point():
+        return head
+    if not hasattr(head, "to_dense"):
+        raise ValueError(
+            f"The student's output head is a quantized {type(head).__name__}, and losses are computed from its dense "
+            "weight, which it cannot give (`to_dense`). Leave the head in full precision: name 'lm_head' in "
+            "`modules_to_not_convert` when the student is quantized."
+        )
+    return head.to_dense(dtype)
+
+
+def unpack_quantized_head(student: Any) -> None:
+    """
+    Lets TRL's fused head, which reads `weight` of the student's head, see a dense one if the head is quantized. It
+    exists from a forward pass to the end of its backward pass.
+
+    Raises:
+        `ValueError`: If the head is quantized and cannot give its dense weight.
+    """
+    head = student.get_output_embeddings()
+    if head.weight.is_floating_point() or "forward" not in vars(student):  # TRL 1.14 calls the head
+        return
+    dense_head(head)
+    name = next(name for name, module in student.named_modules() if module is head)
+    fused = student.forward
+
+    @functools.wraps(fused)
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return fused(*args, **kwargs)
+        packed = self.get_submodule(name)
+        self.set_submodule(name, dense_head(packed, self.dtype))
+        try:
+            return fused(*args, fused_lm_head=True, **kwargs)
+        finally:
+            self.set_submodule(name, packed)
+
+    student.forward = types.MethodType(forward, student)
 
 
 def eos_token_ids(trainer: Any) -> list[int]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ._trl import eos_token_ids
+from ._trl import eos_token_ids, unpack_quantized_head
 from .checks import check_student
 from .completion_log import CompletionLog
 from .config import GOPDConfig
@@ -82,8 +82,9 @@ def assemble(
     accelerator, tokenizer = trainer.accelerator, trainer._tokenizer
     student = accelerator.unwrap_model(trainer.model)
     needs_start = routing.uses_start or args.beta != 0
-    check_student(student, args, needs_start=needs_start, accelerator=accelerator)
     has_adapter = is_peft(student)
+    unpack_quantized_head(student.get_base_model() if has_adapter else student)
+    check_student(student, args, needs_start=needs_start, accelerator=accelerator)
     is_fresh = has_adapter and is_fresh_adapter(student)
     kept_start = StudentStart(student, accelerator) if has_adapter and needs_start and not is_fresh else None
     builder = FrozenBuilder(

@@ -68,7 +68,7 @@ class FullEstimator:
         def divergence(hidden: Tensor, head: nn.Module) -> tuple[DivergenceOutput, dict[str, Tensor]]:
             output = extrapolated_divergence(
                 hidden,
-                **head_arguments(head, heads),
+                **head_arguments(head, heads, hidden.dtype),
                 labels=batch.completion_ids[tokens],
                 target_logits=target_logits,
                 gopd_lambda=gopd_lambda.expand(tokens.shape)[tokens],

@@ -86,7 +86,7 @@ class StratifiedEstimator:
         def divergence(hidden: Tensor, head: nn.Module) -> tuple[StratifiedOutput, dict[str, Tensor]]:
             output = stratified_divergence(
                 hidden,
-                **head_arguments(head, heads),
+                **head_arguments(head, heads, hidden.dtype),
                 labels=batch.completion_ids[tokens],
                 target_logps=target_logps,
                 gopd_lambda=gopd_lambda.expand(tokens.shape)[tokens],

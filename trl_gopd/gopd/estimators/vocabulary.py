@@ -6,9 +6,10 @@ a gradient. The inherited loss is given detached log-probabilities, so ratio × 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .._trl import gather_heads
+from .._trl import dense_head, gather_heads
 from ..batch import Batch
 from ..divergence import DivergenceOutput
 from ..objective import later_credit
@@ -100,12 +101,13 @@ def estimate_over_vocabulary(
     )
 
 
-def head_arguments(head: Any, others: Sequence[nn.Module]) -> dict[str, Any]:
+def head_arguments(head: Any, others: Sequence[nn.Module], dtype: torch.dtype | None = None) -> dict[str, Any]:
     """
-    How a divergence is given the student's head: `weight` and `bias`, whole where FSDP2 has split them, and `gather`,
-    which makes a context in which this head and those of frozen models are whole under ZeRO-3. The student's own head
-    may be among the latter.
+    How a divergence is given the student's head: `weight` and `bias`, whole where FSDP2 has split them and, in
+    `dtype`, dense where they are quantized; and `gather`, which makes a context in which this head and those of frozen
+    models are whole under ZeRO-3. The student's own head may be among the latter.
     """
+    head = dense_head(head, dtype)
     weight, bias = head.weight, getattr(head, "bias", None)
     if hasattr(weight, "full_tensor"):
         weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
