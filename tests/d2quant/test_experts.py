@@ -192,7 +192,7 @@ class TestQuantize:
             layer.mlp.gate.weight.data[4:] = 0
             layer.mlp.gate.weight.data[:4] *= 4
         report = quantize_model(model, None, config())
-        packed = [name for name, module in model.named_modules() if isinstance(module, D2QuantLinear)]
+        packed = [name for name, module in model.model.named_modules() if isinstance(module, D2QuantLinear)]
         assert sum(".experts." in name for name in packed) == 2 * 2 * 8
         assert len(report.linears) == len(packed)
         assert all(entry.error < entry.nearest_error for entry in report.linears if ".experts." in entry.name)
