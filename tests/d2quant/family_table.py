@@ -6,6 +6,7 @@ What D²Quant does with each decoder family, found out with tiny models, as the 
 
 import argparse
 import logging
+import re
 import tempfile
 import warnings
 from dataclasses import dataclass, field
@@ -83,7 +84,8 @@ def examine(family: str) -> Outcome:
         return outcome
     for note in report.notes:
         name, _, reason = note.partition(" stays in full precision: ")
-        outcome.full_precision.setdefault(reason.rpartition(" (")[0], []).append(f"`{name}`")
+        reason = re.sub(r" \(\d+ blocks, the first .*\)$", "", reason)
+        outcome.full_precision.setdefault(reason, []).append(f"`{name}`")
     outcome.errors += _wrong_matrices(model, matrices, report.notes)
     outcome.errors += _wrong_logits(family, model, before)
     outcome.errors += _wrong_copies(family, model, state)
