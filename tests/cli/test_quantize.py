@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_gopd.cli.quantize import main
 from trl_gopd.d2quant.linear import D2QuantLinear
+from trl_gopd.d2quant.quantize import quantize_model
 from trl_gopd.evaluation import storage
 
 
@@ -69,6 +70,56 @@ class TestQuantize:
         arguments = [models / "student", "-o", tmp_path / "out", "--dataset", text, "--embedding-bits"]
         assert "`embedding_bits` must be one of None, 2, 3, 4, 8, got 5" in refuse(capsys, *arguments, "5")
         assert "argument --embedding-bits: invalid" in refuse(capsys, *arguments, "few")
+
+    @pytest.mark.parametrize("offload", ["cpu", "disk"])
+    def test_blocks_are_brought_to_the_device(self, models, tmp_path, text, offload, monkeypatch):
+        seen = []
+
+        def quantize(model, tokenizer, config):
+            seen.append((model.device.type, config.device, config.offload))
+            return quantize_model(model, tokenizer, config)
+
+        monkeypatch.setattr("trl_gopd.d2quant.quantize.quantize_model", quantize)
+        monkeypatch.setattr("trl_gopd.cli.quantize.torch_device", lambda parser, name: name or "cpu:0")
+        run(models / "student", "-o", tmp_path / "out", "--dataset", text, "--offload", offload, *ARGUMENTS)
+        assert seen == [("cpu", "cpu:0", offload)]
+
+    def test_plan_is_printed_and_nothing_is_quantized(self, models, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **options: 1 / 0)
+        report = tmp_path / "plan.json"
+        run(
+            models / "student",
+            "--plan",
+            "--offload",
+            "disk",
+            "--device",
+            "cuda:3",
+            "--tflops",
+            "0.5",
+            *ARGUMENTS,
+            "--json",
+            report,
+        )
+        told = capsys.readouterr().out
+        assert "on cuda:3" in told and "mlp.down_proj: rounding" in told
+        assert "s at 0.5 TFLOP/s, within a factor of two." in told
+        made = json.loads(report.read_text())
+        assert made["device"] == "cuda:3" and made["seconds"] > 0
+        assert made["phases"][0]["disk"]["hidden states"] == 3 * 4 * 32 * 32 * 4
+        assert list(tmp_path.iterdir()) == [report]
+
+    def test_plan_measures_the_speed(self, models, capsys, monkeypatch):
+        monkeypatch.setattr("trl_gopd.evaluation.resources.flops_per_second", lambda device, dtype: 2e12)
+        run(models / "student", "--plan", "--device", "cpu", "--dtype", "bfloat16", *ARGUMENTS)
+        assert "s at 2 TFLOP/s" in capsys.readouterr().out
+
+    def test_folder_is_needed_without_a_plan(self, models, capsys):
+        assert "-o DIR: name a new folder to save to, or pass --plan" in refuse(capsys, models / "student")
+
+    @pytest.mark.parametrize("speed", ["0", "-1", "nan", "fast"])
+    def test_speed_that_is_not(self, models, speed, capsys):
+        told = refuse(capsys, models / "student", "--plan", f"--tflops={speed}")
+        assert f"must be a number above 0, got '{speed}'; try 0.1" in told
 
     @pytest.mark.parametrize("name", ["/no/model", "./no_model", "a/b/c"])
     def test_model_that_is_not_there(self, tmp_path, name, capsys):

@@ -119,6 +119,7 @@ class TestErrors:
             ("tune_epochs", -1, "at least 0, got -1. 0 leaves"),
             ("tune_learning_rate", 0.0, r"in \(0, inf\), got 0.0. Use 1e-2"),
             ("tune_learning_rate", float("inf"), "got inf"),
+            ("offload", "gpu", "one of None, 'cpu', 'disk', got 'gpu'"),
             ("num_samples", 0, "at least 1, got 0. GPTQ uses 128"),
             ("seq_length", 1, "at least 2, got 1. GPTQ uses 2048"),
             ("seed", -1, "at least 0, got -1. Use 0"),
@@ -144,6 +145,7 @@ class TestErrors:
             ("mean_shift", 1, "True or False, got 1"),
             ("add_bos_token", 1, "None, True or False, got 1. None does as the tokenizer does"),
             ("add_bos_token", "auto", "None, True or False, got 'auto'"),
+            ("report_errors", None, "True or False, got None"),
             ("modules_to_not_convert", "down_proj", r"a list of names of linears, got 'down_proj'. Pass \["),
             ("bias_modules", [1], r"a list of names of linears, got \[1\]"),
         ],
@@ -157,6 +159,10 @@ class TestErrors:
     def test_wide_bitplanes_are_refused(self, field, bits):
         with pytest.raises(ValueError, match=f"2 or 3 for the grid 'bitplane', got {bits}. Use the grid 'affine'"):
             D2QuantConfig(bits, **{field: "bitplane"})
+
+    def test_rotation_of_weights_that_stay_on_the_disk_is_refused(self):
+        with pytest.raises(ValueError, match=r"`rotation='group'` changes all of them. Use `offload='cpu'`"):
+            D2QuantConfig.paper(offload="disk")
 
     def test_unknown_keyword_is_refused(self):
         with pytest.raises(TypeError, match="'groupsize'"):

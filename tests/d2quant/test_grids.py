@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.memory import peak_bytes
 from trl_gopd.d2quant import grids
 from trl_gopd.d2quant.grids import CLIP_FACTORS, CLIP_NORM, GRIDS, GroupGrid, QuantizedWeight, fit_group
 
@@ -125,6 +126,16 @@ class TestQuantizedWeight:
         )
         expected = torch.cat([fit.levels(code.float()) for fit, code in zip(fits, codes, strict=True)]).T
         torch.testing.assert_close(weight.dequantize(), expected, rtol=0, atol=bits * EPS * expected.abs().max())
+
+    @pytest.mark.parametrize("grid", GRIDS)
+    def test_dequantizing_takes_little_more_than_its_result(self, grid, generator):
+        codes = torch.randint(0, 4, (128, 96), generator=generator, dtype=torch.uint8)
+        planes = 2 if grid == "bitplane" else 1
+        scales, zero_points = torch.rand(planes, 128, 3, generator=generator), codes[:, :3].contiguous()
+        weight = QuantizedWeight(codes, scales, zero_points if grid == "affine" else None, 2, 32, grid)
+        # The result and what is added to it or multiplied by it: scales, and for bit-planes a plane, and its bits.
+        numbers = (2 if grid != "bitplane" else 3.5) * codes.numel()
+        assert peak_bytes(weight.dequantize) <= 4 * numbers + 8 * (96 + 3 * 128)
 
 
 class TestStart:

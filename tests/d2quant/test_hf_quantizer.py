@@ -469,6 +469,23 @@ class TestOnTheFly:
         model = AutoModelForCausalLM.from_pretrained(models / "student", quantization_config=config, device_map="cpu")
         assert len(packed(model)) == 13
 
+    def test_where_it_is_computed_is_not_stored(self, models, tmp_path):
+        tokens = torch.arange(64).view(2, 32) + 3
+        settings = {"group_size": 16, "dataset": tokens, "num_samples": 2, "seq_length": 32, "iterations": 0}
+        plain, moved = (
+            AutoModelForCausalLM.from_pretrained(
+                models / "student", quantization_config=D2QuantConfig(tune_epochs=1, **settings, **where)
+            )
+            for where in ({}, {"device": "cpu:0", "offload": "disk", "report_errors": False})
+        )
+        state = moved.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
+        moved.save_pretrained(tmp_path / "packed")
+        stored = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+        assert not {"device", "offload", "report_errors"} & stored.keys()
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").hf_quantizer.quantization_config
+        assert (loaded.device, loaded.offload, loaded.report_errors) == (None, None, True)
+
 
 class TestParallel:
     """What a rank would hold of packed words, cut along their rows, is no part of the weight."""

@@ -111,6 +111,14 @@ class TestQuantizeModel:
         torch.testing.assert_close(read_out(streams["quantized"]), logits(model), rtol=0, atol=1e-4)
         torch.testing.assert_close(read_out(streams["full"]), before, rtol=0, atol=1e-4)
 
+    @pytest.mark.parametrize("settings", [{"offload": "cpu"}, {"offload": "disk"}, {"report_errors": False}])
+    def test_where_streams_wait_and_what_is_reported_changes_no_bit(self, model, tokenizer, tmp_path, settings):
+        other, own = build_model(tokenizer, seed=1), {"mean_shift": True, "tune_epochs": 1}
+        quantize_model(model, None, config(**own))
+        quantize_model(other, None, config(**own, **settings, work_dir=str(tmp_path)))
+        assert_same(model, other)
+        assert [path.name for path in tmp_path.iterdir()] == [next(tmp_path.glob("*/streams.*")).parent.name]
+
     def test_more_bits_come_closer(self, model, tokenizer):
         before = logits(model)
         errors = []
@@ -214,7 +222,7 @@ class TestQuantizeModel:
     def test_windows_of_text_begin_as_the_configuration_says(self, model, monkeypatch, add_bos_token):
         tokenizer, seen = build_bos_tokenizer(), []
         record = BlockCalls.record
-        monkeypatch.setattr(BlockCalls, "record", lambda *given: seen.append(given[-1]) or record(*given))
+        monkeypatch.setattr(BlockCalls, "record", lambda *given: seen.append(given[2]) or record(*given))
         text = ["some words, and then others " * 20]
         quantize_model(model, tokenizer, config(dataset=text, add_bos_token=add_bos_token, rounding="rtn"))
         assert (seen[0][:, 0] == tokenizer.bos_token_id).all() == (add_bos_token is None)

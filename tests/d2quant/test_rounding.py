@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 
+from tests.memory import peak_bytes
 from trl_gopd.d2quant import rounding
 from trl_gopd.d2quant.grids import GRIDS, GroupGrid
 from trl_gopd.d2quant.rounding import inverse_factor, round_weight
@@ -388,6 +389,27 @@ class TestNaive:
                 position += 1
 
 
+class TestMemory:
+    @pytest.mark.parametrize("rows", [40, 320])
+    def test_two_matrices_of_the_size_of_h_beside_the_weight(self, rows, generator):
+        columns, group_size = 512, 32
+        _, _, hessian, asymmetry = calibrate(generator, columns=columns, tokens=2 * columns)
+        weight = random_weight(generator, rows=rows, columns=columns)
+        peak = peak_bytes(lambda: round_weight(weight, hessian, asymmetry, bits=2, group_size=group_size, **FAST))
+        # U, and H until it is factored, D from then on; the weight, and its codes, a byte each.
+        matrices = 2 * columns * columns + 1.25 * rows * columns
+        # Of a lazy block: spread, shift, and two products on the way to it; of a group: errors and a dozen like them.
+        slices = 4 * rounding.LAZY_COLUMNS * columns + 14 * group_size * rows
+        assert peak <= 4 * (matrices + slices)
+
+    def test_inverse_factor_takes_two_matrices(self, generator):
+        hessian = calibrate(generator, columns=256)[2]
+        order = torch.randperm(256, generator=generator)
+        for given in (None, order):
+            peak = peak_bytes(lambda given=given: inverse_factor(hessian, 0.01, given))
+            assert peak <= 4 * (2 * 256 * 256 + 16 * 256)  # and a few vectors, of up to 8 bytes a number
+
+
 class TestInverseFactor:
     def test_closed_form(self):
         assert torch.equal(inverse_factor(torch.tensor([[4.0]]), 0.0), torch.tensor([[0.5]]))
@@ -413,6 +435,11 @@ class TestInverseFactor:
         product = factor.double() @ damp(hessian.double(), 0.05) @ factor.double().T
         condition = float(torch.linalg.cond(damp(hessian.double(), 0.05)))
         torch.testing.assert_close(product, torch.eye(20).double(), rtol=0, atol=20 * EPS * condition)
+
+    def test_order_is_that_of_the_columns(self, generator):
+        _, _, hessian, _ = calibrate(generator)
+        order = torch.randperm(20, generator=generator)
+        assert torch.equal(inverse_factor(hessian, 0.05, order), inverse_factor(hessian[order][:, order], 0.05))
 
     def test_says_what_to_do_when_there_is_none(self, generator):
         hessian = torch.ones(5, 5) - 2 * torch.eye(5)

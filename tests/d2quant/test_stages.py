@@ -5,7 +5,7 @@ rounded weights, the explicit shift and the explicit column scales. The block is
 """
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -287,18 +287,15 @@ class TestOutputError:
         result = round_weight(weight, bits=2, group_size=7, column_scale=True)
         delta = result.dequantize().double() - weight.double()
         expected = (x.double() @ delta.T).square().sum() / (x.double() @ weight.double().T).square().sum()
-        assert output_error(weight, result, x.T @ x) == pytest.approx(float(expected), rel=100 * EPS)
+        assert output_error(weight, result.dequantize(), x.T @ x) == pytest.approx(float(expected), rel=100 * EPS)
 
     def test_without_energy(self):
-        result = round_weight(torch.ones(2, 3), bits=2, group_size=3)
-        assert output_error(torch.ones(2, 3), result, torch.zeros(3, 3)) == 0.0
-        assert output_error(torch.zeros(2, 3), result, torch.eye(3)) == 0.0
+        assert output_error(torch.ones(2, 3), torch.zeros(2, 3), torch.zeros(3, 3)) == 0.0
+        assert output_error(torch.zeros(2, 3), torch.ones(2, 3), torch.eye(3)) == 0.0
 
     def test_small_energy_counts(self):
-        zero = replace(round_weight(torch.ones(1, 2), bits=2, group_size=2).weight, codes=torch.zeros(1, 2).byte())
-        zero = replace(zero, zero_points=torch.zeros(1, 1).byte())
         # all of the energy, 0.02 and so less than 1, is lost
-        assert output_error(torch.full((1, 2), 0.1), RoundingResult(zero, None), torch.eye(2)) == pytest.approx(1.0)
+        assert output_error(torch.full((1, 2), 0.1), torch.zeros(1, 2), torch.eye(2)) == pytest.approx(1.0)
 
 
 class TestQuantizeBlock:
@@ -468,6 +465,24 @@ class TestQuantizeBlock:
                 delta = dense - weight
                 expected = float((delta @ hessian.double() * delta).sum()) / energy
                 assert error == pytest.approx(expected, rel=1e-3)  # `nearest` does not round its scales to float32
+
+    def test_errors_are_measured_on_rows_at_equal_distances(self, quantize, monkeypatch):
+        monkeypatch.setattr(stages, "REPORTED_ROWS", 3)
+        run = quantize()
+        for entry in run.report.linears:
+            name = entry.name.removeprefix("layers.1.")
+            weight, (_, hessian, _) = run.weights[name], run.calls[name][0]
+            rows = range(0, len(weight), -(-len(weight) // 3))
+            assert 1 < len(rows) <= 3 < len(weight)
+            delta, some = (run.results[name].dequantize().double() - weight)[rows], weight[rows]
+            expected = (delta @ hessian.double() * delta).sum() / (some @ hessian.double() * some).sum()
+            assert entry.error == pytest.approx(float(expected), rel=1e-5)
+
+    def test_errors_can_be_left_out(self, quantize, generator):
+        reported = quantize(toy(generator.manual_seed(3)))
+        silent = quantize(toy(generator.manual_seed(3)), report_errors=False)
+        assert {(entry.error, entry.nearest_error) for entry in silent.report.linears} == {(None, None)}
+        assert len(silent.results) == len(reported.results) > 0
 
     def test_rounding_to_nearest_needs_no_statistics(self, quantize):
         run = quantize(rounding="rtn", mean_shift=True)

@@ -60,7 +60,7 @@ class TestTune:
 
     def test_chunks_of_tokens_change_nothing(self, tokenizer, monkeypatch):
         whole, report = quantize(tokenizer, tune_epochs=1)
-        monkeypatch.setattr(tuning, "CHUNK", 5)
+        monkeypatch.setattr(tuning, "tokens_per_chunk", lambda vocab_size, device: 5)
         chunked, chunked_report = quantize(tokenizer, tune_epochs=1)
         assert chunked_report.tuning_kl == pytest.approx(report.tuning_kl, rel=1e-4)
 

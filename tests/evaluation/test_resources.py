@@ -3,8 +3,10 @@
 import doctest
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from trl_gopd.evaluation import measure, resources
 
@@ -58,6 +60,19 @@ def test_is_filled_after_an_error():
     with pytest.raises(KeyError), measure() as used:
         raise KeyError
     assert used.seconds > 0 and used.peak_memory_bytes > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_speed_is_that_of_the_fastest_product(dtype, monkeypatch):
+    class Matrix:
+        def __matmul__(self, other):
+            return {(0, 0): 1.0}
+
+    seen, ticks = [], iter([0.0, 0.7, 1.0, 1.2, 2.0, 2.5])  # 0.7, 0.2 and 0.5 seconds, which are more than one
+    monkeypatch.setattr(resources.torch, "ones", lambda *size, **options: seen.append((size, options)) or Matrix())
+    monkeypatch.setattr(resources, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    assert resources.flops_per_second("cpu", dtype) == pytest.approx(2 * 2048**3 / 0.2)
+    assert seen == [((2048, 2048), {"dtype": dtype, "device": "cpu"})]
 
 
 def test_example():

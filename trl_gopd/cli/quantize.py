@@ -2,8 +2,11 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from trl_gopd.files import written_whole
 
 from .arguments import DTYPES, check_folders, check_models, refusals_in_one_line, torch_device
 
@@ -30,12 +33,32 @@ def _embedding_bits(text: str) -> int | None:
     return None if text.lower() == "none" else int(text)
 
 
+def _rate(text: str) -> float:
+    """Argparse type of a speed: a positive number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}; try 0.1")
+    return value
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of `trl-gopd quantize`."""
     parser = argparse.ArgumentParser("trl-gopd quantize", description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="folder of the model, or its name on the Hub")
+    parser.add_argument("-o", "--output-dir", metavar="DIR", type=Path, help="folder to save to; new or empty")
     parser.add_argument(
-        "-o", "--output-dir", metavar="DIR", type=Path, required=True, help="folder to save to; new or empty"
+        "--plan",
+        action="store_true",
+        help="print what the run would need and take, from the model's config.json, and quantize nothing",
+    )
+    parser.add_argument(
+        "--tflops",
+        metavar="RATE",
+        type=_rate,
+        help="with --plan: speed of --device in TFLOP/s (default: measured here in a second)",
     )
     parser.add_argument("--preset", choices=PRESETS, default="default", help="set of options to start from (default)")
     parser.add_argument("--bits", type=int, default=2, help="bits of a weight: 2, 3, 4 or 8 (2)")
@@ -73,6 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="dtype of the layers that are not quantized (default: as saved)",
     )
     parser.add_argument("--device", help="torch device, such as cpu or cuda:1 (default: cuda if available, else cpu)")
+    parser.add_argument(
+        "--offload",
+        choices=("cpu", "disk"),
+        help="bring one block at a time to --device; the others wait in CPU memory, or in the files of the model",
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="file for the report in JSON")
     parser.add_argument(
         "--figure", metavar="FILE", type=Path, help="file for the figure of the report: .png, .svg or .pdf"
@@ -86,8 +114,11 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     check_models(parser, {"MODEL": args.model})
     check_folders(parser, {"--output-dir": args.output_dir, "--json": args.json, "--figure": args.figure})
-    if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
-        parser.error(f"--output-dir {args.output_dir}: is there already and not empty; remove it or name another")
+    if args.output_dir is None and not args.plan:
+        parser.error("-o DIR: name a new folder to save to, or pass --plan")
+    out = args.output_dir
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        parser.error(f"--output-dir {out}: is there already and not empty; remove it or name another")
 
     # These imports take seconds, so they come after the checks that do not need them.
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -97,9 +128,13 @@ def main(arguments: list[str]) -> int:
     from trl_gopd.evaluation import storage
 
     config = _config(parser, args)
+    if args.plan:
+        return _print_plan(parser, args, config)
     device = torch_device(parser, args.device)
     with refusals_in_one_line(parser):
         tokenizer = AutoTokenizer.from_pretrained(args.model)
+        if args.offload is not None:
+            config.device, device = device, "cpu"
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map=device)
         report = quantize_model(model, tokenizer, config)
         save_quantized(model, args.output_dir, tokenizer=tokenizer)
@@ -115,11 +150,39 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def _print_plan(parser: argparse.ArgumentParser, args: argparse.Namespace, config: "D2QuantConfig") -> int:
+    """Prints the plan. The device need not be there if its speed is given."""
+    import torch
+    from transformers import AutoConfig
+
+    from trl_gopd.d2quant.plan import plan
+    from trl_gopd.evaluation.resources import flops_per_second
+
+    device = args.device if args.device and args.tflops else torch_device(parser, args.device)
+    if args.offload is not None:
+        config.device = device
+    made = plan(
+        AutoConfig.from_pretrained(args.model),
+        config,
+        loaded_on=device if args.offload is None else "cpu",
+        dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+    )
+    dtypes = (getattr(torch, made.dtype), torch.float32)
+    speeds = [flops_per_second(device, dtype) if args.tflops is None else 1e12 * args.tflops for dtype in dtypes]
+    print("\n".join(made.lines()))
+    stated = " and ".join(f"{speed / 1e12:.3g}" for speed in dict.fromkeys(speeds))
+    print(f"About {made.seconds(*speeds):.0f} s at {stated} TFLOP/s, within a factor of two.")
+    if args.json:
+        with written_whole(args.json) as part:
+            part.write_text(json.dumps(asdict(made) | {"seconds": made.seconds(*speeds)}, indent=1) + "\n")
+    return 0
+
+
 def _config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> "D2QuantConfig":
     """Builds the configuration, and ends the command with an error if a setting is not valid."""
     from trl_gopd.d2quant.config import D2QuantConfig
 
-    names = ("group_size", "dataset", "num_samples", "seq_length", "seed", "work_dir")
+    names = ("group_size", "dataset", "num_samples", "seq_length", "seed", "work_dir", "offload")
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if hasattr(args, "embedding_bits"):  # None is a choice here
         settings["embedding_bits"] = args.embedding_bits

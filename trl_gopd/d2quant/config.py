@@ -23,7 +23,7 @@ ROTATIONS = (None, "full", "group")
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 # Fields that are only needed while quantizing. They are not copied by `deepcopy`, and not written to `config.json`.
-RUNTIME_FIELDS = ("dataset", "tokenizer", "work_dir")
+RUNTIME_FIELDS = ("dataset", "tokenizer", "work_dir", "device", "offload", "report_errors")
 
 
 class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -127,6 +127,17 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             share `work_dir`, also at the same time, and none takes up the blocks of another. Blocks that are damaged
             are quantized again, with a warning. Nothing is removed at the end. Not stored.
 
+    > Parameters that control where a run computes, and what it reports; none is stored
+
+    Args:
+        device (`str` or `torch.device`, *optional*):
+            Where blocks are quantized: each comes there for its turn and goes back. By default, where they are.
+        offload (`str`, *optional*):
+            Where what is not in use waits: `"cpu"`, or `"disk"`: dense blocks in the checkpoint's mapped files, hidden
+            states in files in `work_dir` or the temporary folder. By default, where the model is, and on the CPU.
+        report_errors (`bool`, *optional*, defaults to `True`):
+            Whether the report states how much each linear lost, measured on at most 256 of its rows.
+
     > Parameters that a checkpoint states about itself, not to be passed
 
     Args:
@@ -190,6 +201,9 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         add_bos_token: bool | None = None,
         seed: int = 0,
         work_dir: str | None = None,
+        device: str | torch.device | None = None,
+        offload: str | None = None,
+        report_errors: bool = True,
         format_version: int = FORMAT_VERSION,
         bias_modules: list[str] | None = None,
         input_scale_modules: list[str] | None = None,
@@ -228,6 +242,9 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.add_bos_token = add_bos_token
         self.seed = seed
         self.work_dir = work_dir
+        self.device = device
+        self.offload = offload
+        self.report_errors = report_errors
         self.format_version = format_version
         self.bias_modules = bias_modules
         self.input_scale_modules = input_scale_modules
@@ -377,7 +394,14 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 "does."
             )
         self._check_integer("seed", 0, "Use 0.")
-        for name in ("act_group_aware", "hessian_weights", "clip", "column_scale", "mean_shift", "shift_shrink"):
+        self._check_choices("offload", (None, "cpu", "disk"))
+        if self.offload == "disk" and self.rotation is not None:
+            raise ValueError(
+                f"`offload='disk'` leaves weights in files, and `rotation={self.rotation!r}` changes all of them. "
+                "Use `offload='cpu'`, or `rotation=None`."
+            )
+        corrections = ("column_scale", "mean_shift", "shift_shrink")
+        for name in ("act_group_aware", "hessian_weights", "clip", *corrections, "report_errors"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}. Pass one of the two.")
         for name in ("modules_to_not_convert", "bias_modules", "input_scale_modules", "down_modules"):

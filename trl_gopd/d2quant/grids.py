@@ -59,12 +59,15 @@ class QuantizedWeight:
         codes = self.codes.to(self.scales.dtype)
         if self.grid == "affine":
             assert self.zero_points is not None
-            return self.scales[0][:, group] * (codes - self.zero_points.to(codes.dtype)[:, group])
+            return codes.sub_(self.zero_points.to(codes.dtype)[:, group]).mul_(self.scales[0][:, group])
         if self.grid == "midrise":
             middle: float = (2**self.bits - 1) / 2
-            return self.scales[0][:, group] * (codes - middle)
-        planes: Tensor = (self.codes.int() >> torch.arange(self.bits, device=self.codes.device)[:, None, None]) & 1
-        return (self.scales[:, :, group] * (2 * planes - 1).to(self.scales.dtype)).sum(0)
+            return codes.sub_(middle).mul_(self.scales[0][:, group])
+        codes.zero_()
+        for plane, scales in enumerate(self.scales):
+            signs = (self.codes >> plane & 1).to(codes.dtype).mul_(2).sub_(1)
+            codes.addcmul_(signs, scales[:, group])
+        return codes
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,9 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if elsewhere:
             raise ValueError(
                 "`device_map` must keep all weights where they are used while a model is quantized, got "
-                f"{' and '.join(sorted(elsewhere))} for some. Use one device, such as 'cpu', or enough of them."
+                f"{' and '.join(sorted(elsewhere))} for some. Use one device, such as 'cpu', or enough of them. To "
+                "quantize block by block on an accelerator that cannot hold the model, use `device_map='cpu'` and "
+                "`D2QuantConfig(device='cuda', offload='disk')`."
             )
 
     def update_attn_implementation(self, config: "PreTrainedConfig") -> "PreTrainedConfig":
@@ -285,8 +287,9 @@ def _describe(model: "PreTrainedModel", config: D2QuantConfig) -> D2QuantConfig:
                 f"of {config.group_size} for {matrices[name]}. Pass the configuration it was quantized with."
             )
     described = copy.deepcopy(config)
+    defaults = D2QuantConfig()
     for field in RUNTIME_FIELDS:
-        setattr(described, field, None)
+        setattr(described, field, getattr(defaults, field))
     if len(dense) == len(matrices):
         described.embedding_bits, dense = None, []
     dense_matrices, experts = _dense_matrices(model), find_expert_parameters(model)

@@ -20,10 +20,12 @@ from trl_gopd.d2quant.calibration import calibration_windows
 from trl_gopd.d2quant.checks import check_model
 from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.finite import check_finite
+from trl_gopd.d2quant.placement import Placement
 from trl_gopd.d2quant.recording import evaluation_mode
 from trl_gopd.d2quant.report import Report
 from trl_gopd.d2quant.rotation import fuse_norms, rotate
 from trl_gopd.d2quant.stages import quantize_block, stage_statistics
+from trl_gopd.d2quant.store import Store
 from trl_gopd.d2quant.streams import BlockCalls, Streams, check_stream, input_of
 from trl_gopd.d2quant.token_matrices import NEAREST_BITS, TokenMatrices, chosen_token_matrices, pack_token_matrices
 from trl_gopd.d2quant.topology import Topology
@@ -44,6 +46,7 @@ def quantize_blocks(model: PreTrainedModel, tokenizer: Any, config: D2QuantConfi
     start = time.perf_counter()
     with ExitStack() as undo:
         topology = check_model(model, config, undo)
+        placement = Placement.of(model, topology, config)
         windows = calibration_windows(
             config.dataset,
             config.tokenizer if tokenizer is None else tokenizer,
@@ -59,22 +62,27 @@ def quantize_blocks(model: PreTrainedModel, tokenizer: Any, config: D2QuantConfi
         undo.pop_all()  # from here on, weights change
     _log_full_precision(model, topology)
     report = Report(config=config.to_dict())
-    with evaluation_mode(model):
+    with evaluation_mode(model), placement, Store.open(config) as store:
         if config.rotation is not None:
-            _run_to_first_block(model, topology, windows)  # what is not finite is refused before anything changes
+            _run_to_first_block(
+                model, topology, windows, placement, store
+            )  # what is not finite is refused before anything changes
             fuse_norms(model, topology)
             rotate(model, topology, size=config.rotation_size, seed=config.seed)
-        calls, streams = _run_to_first_block(model, topology, windows)
+        calls, streams = _run_to_first_block(model, topology, windows, placement, store)
         matrices = pack_token_matrices(model, config, head_hessian(model, windows, config))
         if matrices.packed:
             streams.restart_quantized(calls, windows)
             return_freed_memory()
-        finished = work.load(topology, calls, streams, config) if work else []
+        if not config.tune_epochs:
+            streams.start.clear()
+        finished = work.load(topology, calls, streams, config, placement) if work else []
         for block, block_report in zip(topology.blocks, finished, strict=False):
             report.add(block.name, block_report)
         rest = topology.blocks[len(finished) :]
         for number, block in enumerate(tqdm(rest, "Quantizing", unit="block", disable=None), start=len(finished) + 1):
-            block_report = quantize_block(block, calls, streams, config)
+            with placement.turn(block.module):
+                block_report = quantize_block(block, calls, streams, config)
             report.add(block.name, block_report)
             return_freed_memory()
             if work:
@@ -82,24 +90,28 @@ def quantize_blocks(model: PreTrainedModel, tokenizer: Any, config: D2QuantConfi
         detach_from_checkpoint(model)
         if config.tune_epochs:
             streams.quantized.clear()
-            report.tuning_kl = tune(
-                model,
-                topology,
-                calls,
-                starts=streams.start,
-                full=streams.full,
-                full_head=matrices.full_head,
-                config=config,
-            )
+            with placement.all_blocks():
+                report.tuning_kl = tune(
+                    model,
+                    topology,
+                    calls,
+                    starts=streams.start,
+                    full=streams.full,
+                    full_head=matrices.full_head,
+                    config=config,
+                )
     check_finite(model.state_dict().items(), "Lower `tune_learning_rate`, or use the `scale_dtype` 'bfloat16'.")
     report.notes = _notes(topology, matrices, config)
     report.seconds = time.perf_counter() - start
     return report
 
 
-def _run_to_first_block(model: PreTrainedModel, topology: Topology, windows: Tensor) -> tuple[BlockCalls, Streams]:
+def _run_to_first_block(
+    model: PreTrainedModel, topology: Topology, windows: Tensor, placement: Placement, store: Store
+) -> tuple[BlockCalls, Streams]:
     """How to run the blocks, and the streams before the first one, which are finite."""
-    calls = BlockCalls.record(model, topology, windows)
+    with placement.each_in_turn():
+        calls = BlockCalls.record(model, topology, windows, store)
     streams = Streams.before_first_block(calls, windows)
     check_stream(streams.start, "The hidden states before the first block")
     return calls, streams

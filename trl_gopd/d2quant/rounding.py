@@ -108,8 +108,9 @@ def round_weight(
     if hessian is not None:
         current[hessian.diagonal()[order] == 0] = 0
         importance = hessian.diagonal()[order] if hessian_weights else None
-        deviation = None if asymmetry is None else alpha * asymmetry[order][:, order]
-        sweep = inverse_factor(hessian[order][:, order], damp_percent), deviation
+        # The factor first: on the way to it, two more matrices of the size of H exist, and after it one.
+        factor = inverse_factor(hessian, damp_percent, order)
+        sweep = factor, None if asymmetry is None else _reorder(asymmetry, order).mul_(alpha)
 
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(columns, device=weight.device) if column_scale else None
@@ -150,16 +151,17 @@ def round_weight(
     return RoundingResult(quantized, scale)
 
 
-def inverse_factor(hessian: Tensor, damp_percent: float) -> Tensor:
+def inverse_factor(hessian: Tensor, damp_percent: float, order: Tensor | None = None) -> Tensor:
     """
     Upper triangular U with `H⁻¹ = Uᵀ U`, H damped by `damp_percent` of the mean of its diagonal.
 
     Row i of U, over U_ii, is how the error of column i is spread over the columns after it once those before it are
-    frozen.
+    frozen. Two matrices of the size of H are allocated, of which U is one.
 
     Args:
         hessian (`torch.Tensor`): float32 `(in_features, in_features)`, not modified.
         damp_percent (`float`): a fraction, 0.01 for one percent.
+        order (`torch.Tensor`, *optional*): int64 `(in_features,)`, columns in the order in which they are frozen.
 
     Returns:
         `torch.Tensor`: of the shape and dtype of `hessian`.
@@ -167,21 +169,31 @@ def inverse_factor(hessian: Tensor, damp_percent: float) -> Tensor:
     Raises:
         ValueError: If the damped H is not positive definite.
     """
-    diagonal = hessian.diagonal()
-    damped_diagonal = diagonal + damp_percent * diagonal.mean()
-    damped = hessian.clone()
-    damped.diagonal().copy_(torch.where(damped_diagonal == 0, 1, damped_diagonal))
+    damped = hessian.clone() if order is None else _reorder(hessian, order)
+    diagonal = damped.diagonal()
+    diagonal.add_(damp_percent * diagonal.mean())
+    diagonal.masked_fill_(diagonal == 0, 1)
+    del diagonal  # a view, which would keep what is freed next
     # With both axes reversed, H = L Lᵀ reads H = V Vᵀ, V upper triangular, so that U = V⁻¹. This spares H⁻¹ itself,
     # whose second factorization may fail by rounding.
-    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    damped = damped.flip(0, 1)
+    lower, failed = torch.linalg.cholesky_ex(damped)
     if failed:
         raise ValueError(
             f"The Hessian of {len(hessian)} columns is not positive definite with `damp_percent={damp_percent}`. "
             "Raise it, or calibrate on more tokens."
         )
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    reversed_factor: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return reversed_factor.flip(0, 1)
+    del damped
+    # Column by column in memory, as LAPACK writes it: only then is the identity itself what is solved in place.
+    inverse = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device).mT
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    return inverse.flip(0, 1)
+
+
+def _reorder(matrix: Tensor, order: Tensor) -> Tensor:
+    """A copy of a square matrix, its rows and its columns in another order."""
+    return matrix[order[:, None], order]
 
 
 def _order(groups: tuple[Tensor, ...], diagonal: Tensor) -> tuple[Tensor, ...]:

@@ -33,6 +33,8 @@ from trl_gopd.d2quant.topology import Block
 
 # Two GiB: 128 experts of 2048 columns.
 EXPERT_STATISTICS = 2**31
+# Rows of a weight on which its error is measured: of all, the products would cost half as much as the rounding.
+REPORTED_ROWS = 256
 
 
 @dataclass
@@ -72,7 +74,7 @@ def quantize_block(block: Block, calls: BlockCalls, streams: Streams, config: D2
     check_stream(streams.full, f"The hidden states behind `{block.name}` in full precision")
     rounded, entries, explained = RoundedLinears(), [], None
     for stage in stages:
-        head = stage[0]
+        head, device = stage[0], block.linear(stage[0]).weight.device
         if head in block.routed:
             for names in _batches(block, stage):
                 hessians = expert_statistics(block, names, calls, streams) if config.rounding != "rtn" else {}
@@ -87,11 +89,11 @@ def quantize_block(block: Block, calls: BlockCalls, streams: Streams, config: D2
         )
         hessian = asymmetry = shift = None
         if head in shifted[:1]:
-            inputs = list(inputs)  # used twice
-            shift, explained = _correct_deviation(targets, inputs, config)
+            inputs = [None if rows is None else calls.store.keep(rows) for rows in inputs]  # used twice
+            shift, explained = _correct_deviation((target.to(device) for target in targets), inputs, config)
         if config.rounding != "rtn":
             full = (captured.pop(head, None) for captured in full_inputs)
-            hessian, asymmetry = stage_statistics(inputs, full, shift)
+            hessian, asymmetry = stage_statistics(inputs, full, shift, device)
         for name in stage:
             result, entry = _round_linear(block, name, hessian, asymmetry, config)
             entries.append(entry)
@@ -116,7 +118,10 @@ def linears_to_quantize(block: Block, config: D2QuantConfig) -> list[tuple[str, 
 
 
 def stage_statistics(
-    inputs: Iterable[Tensor | None], full_inputs: Iterable[Tensor | None], shift: Tensor | None = None
+    inputs: Iterable[Tensor | None],
+    full_inputs: Iterable[Tensor | None],
+    shift: Tensor | None = None,
+    device: torch.device | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """
     `H = 2/n Σ x xᵀ` and `D = 2/n Σ (x̃ − x) xᵀ` of the linears that read one tensor.
@@ -131,21 +136,24 @@ def stage_statistics(
             For each window x̃, of the same tokens: what they read in the full-precision model. `None` for GPTQ.
         shift (`torch.Tensor`, *optional*):
             float32 `(in_features,)`, DAC's mean, which is added to each x before anything else.
+        device (`torch.device`, *optional*):
+            Where the sums are made, a window at a time. That of each input by default.
 
     Returns:
-        `tuple[torch.Tensor | None, torch.Tensor | None]`: H and D, float32 `(in_features, in_features)` on the device
-        of the inputs; `None` where there was nothing to sum.
+        `tuple[torch.Tensor | None, torch.Tensor | None]`: H and D, float32 `(in_features, in_features)` on `device`;
+        `None` where there was nothing to sum.
     """
     hessian = asymmetry = None
     tokens = 0
     for rows, full in zip(inputs, full_inputs, strict=True):
         if rows is None:
             continue
-        rows = rows.float() if shift is None else rows.float() + shift.to(rows.device)
+        rows = rows.to(device or rows.device, torch.float32)
+        rows = rows if shift is None else rows + shift.to(rows.device)
         hessian = rows.T @ rows if hessian is None else hessian.addmm_(rows.T, rows)
         tokens += len(rows)
         if full is not None and full.shape == rows.shape:
-            moved = full.float() - rows
+            moved = full.to(rows) - rows
             asymmetry = moved.T @ rows if asymmetry is None else asymmetry.addmm_(moved.T, rows)
     if hessian is None:
         return None, None
@@ -178,7 +186,7 @@ def expert_statistics(
     for index, hidden in enumerate(streams.quantized):
         captured, _ = calls.of_window(index).run_and_capture(block, hidden, list(names))
         for name, rows in captured.items():
-            rows = rows.float()
+            rows = rows.to(block.linear(name).weight.device, torch.float32)
             sums[name] = rows.T @ rows if name not in sums else sums[name].addmm_(rows.T, rows)
             tokens[name] += len(rows)
     if not sum(tokens.values()):
@@ -222,16 +230,18 @@ def _run_in_full_precision(
         for name in shifted[:1]:
             target = calls.of_window(index).capture_input(block, quantized, name)
             assert target is not None  # it was found by its being called
-            targets.append(target)
+            targets.append(calls.store.keep(target))
     return full_inputs, targets
 
 
 def _correct_deviation(
-    targets: list[Tensor], inputs: list[Tensor | None], config: D2QuantConfig
+    targets: Iterable[Tensor], inputs: list[Tensor | None], config: D2QuantConfig
 ) -> tuple[Tensor, float]:
     """DAC's mean shift, float32 `(hidden_size,)`, and the share of the deviation's energy that it removes."""
     first, *rest = [
-        Deviation.of(target, rows) for target, rows in zip(targets, inputs, strict=True) if rows is not None
+        Deviation.of(target, rows.to(target.device))
+        for target, rows in zip(targets, inputs, strict=True)
+        if rows is not None
     ]
     deviation = sum(rest, first)
     shift = mean_shift(deviation, gate=config.shift_gate, shrink=config.shift_shrink)
@@ -243,7 +253,7 @@ def _correct_deviation(
 def _round_linear(
     block: Block, name: str, hessian: Tensor | None, asymmetry: Tensor | None, config: D2QuantConfig
 ) -> tuple[RoundingResult, LinearReport]:
-    """Rounds one linear, which stays as it is. Statistics come to the device of its weight."""
+    """Rounds one linear, which stays as it is."""
     start, full_name, weight = time.perf_counter(), f"{block.name}.{name}", block.linear(name).weight
     if hessian is not None:
         if not is_finite(hessian) or asymmetry is not None and not is_finite(asymmetry):
@@ -251,8 +261,6 @@ def _round_linear(
                 f"The inputs of `{full_name}` are not finite over the calibration tokens. Does the model give "
                 "finite logits for them, in this dtype? Load it in bfloat16 or float32."
             )
-        hessian = hessian.to(weight.device)
-        asymmetry = None if asymmetry is None else asymmetry.to(weight.device)
     is_second = name in {pair.consumer for pair in block.scale_pairs} or name in block.scale_reasons
     grid = config.down_grid if is_second and config.down_grid is not None else config.grid
     bits, group_size, scale_dtype = config.bits, config.group_size_of(weight.shape[1]), config.torch_scale_dtype
@@ -273,19 +281,22 @@ def _round_linear(
         scale_dtype=scale_dtype,
     )
     nearest_error = error = None
-    if hessian is not None:
+    if hessian is not None and config.report_errors:
+        rows = slice(None, None, -(-len(weight) // REPORTED_ROWS))
+        sample = weight[rows]
         nearest = round_weight(
-            weight, bits=bits, group_size=group_size, grid="affine", iterations=0, clip=False, scale_dtype=scale_dtype
+            sample, bits=bits, group_size=group_size, grid="affine", iterations=0, clip=False, scale_dtype=scale_dtype
         )
-        nearest_error, error = (output_error(weight, rounded, hessian) for rounded in (nearest, result))
+        nearest_error = output_error(sample, nearest.dequantize(), hessian)
+        error = output_error(sample, result.dequantize()[rows], hessian)
     seconds = time.perf_counter() - start
     return result, LinearReport(full_name, grid, bits, group_size, nearest_error, error, seconds)
 
 
-def output_error(weight: Tensor, result: RoundingResult, hessian: Tensor) -> float:
+def output_error(weight: Tensor, dequantized: Tensor, hessian: Tensor) -> float:
     """`tr(Δ H Δᵀ)/tr(W H Wᵀ)`, the share of the output's energy that is lost; 0 where there is no energy."""
     weight = weight.float()
-    difference = result.dequantize() - weight
+    difference = dequantized - weight
     energy = float(((weight @ hessian) * weight).sum())
     return float(((difference @ hessian) * difference).sum()) / energy if energy > 0 else 0.0
 

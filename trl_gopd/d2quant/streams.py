@@ -5,7 +5,7 @@ quantized; how a block is run on them, and what its linears read meanwhile.
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from trl_gopd.d2quant.finite import is_finite
 from trl_gopd.d2quant.flow import Arguments, copied, record_blocks
+from trl_gopd.d2quant.store import Store
 from trl_gopd.d2quant.topology import Block, Topology
 from trl_gopd.evaluation.logits import forwards_replaced
 
@@ -25,7 +26,7 @@ class _Stop(Exception):
 @dataclass
 class Streams:
     """
-    Hidden states of each calibration window, `(1, tokens, hidden_size)` on the CPU.
+    Hidden states of each calibration window, `(1, tokens, hidden_size)` on the CPU, in memory or mapped from a file.
 
     Args:
         start (`list[torch.Tensor]`): before the first block, as the quantized model computes it.
@@ -58,6 +59,7 @@ class BlockCalls:
         model ([`~transformers.PreTrainedModel`]): the model.
         first_block (`torch.nn.Module`): its first decoder block.
         arguments (`dict`): positional and keyword arguments of each block but the hidden states, by its name.
+        store ([`~trl_gopd.d2quant.store.Store`]): where streams and captured inputs are kept.
         own (`Sequence[dict]`, *optional*):
             The same for each window, where they depend on its tokens; see [`BlockCalls.of_window`].
     """
@@ -65,10 +67,11 @@ class BlockCalls:
     model: PreTrainedModel
     first_block: nn.Module
     arguments: Mapping[str, Arguments]
+    store: Store = field(default_factory=Store)
     own: Sequence[Mapping[str, Arguments]] = ()
 
     @classmethod
-    def record(cls, model: PreTrainedModel, topology: Topology, windows: Tensor) -> Self:
+    def record(cls, model: PreTrainedModel, topology: Topology, windows: Tensor, store: Store | None = None) -> Self:
         """
         Records masks, positions and the like of each window. What is equal for all windows is kept once.
 
@@ -93,15 +96,15 @@ class BlockCalls:
                 of_window = record_blocks(model, blocks, window[None].to(model.device))
                 own.append({n: _shared(block.arguments, common[n], known) for n, block in of_window.items()})
         is_common = all(arguments[name] is common[name] for arguments in own for name in common)
-        return cls(model, topology.blocks[0].module, common, () if is_common else own)
+        return cls(model, topology.blocks[0].module, common, store or Store(), () if is_common else own)
 
     def of_window(self, index: int) -> Self:
         """How to run the blocks on the hidden states of a calibration window."""
         return replace(self, arguments=self.own[index], own=()) if self.own else self
 
     def first(self, window: Tensor) -> Tensor:
-        """Hidden states `(1, tokens, hidden_size)` that enter the first block, on the CPU."""
-        return input_of(self.model, self.first_block, window).cpu()
+        """Hidden states `(1, tokens, hidden_size)` that enter the first block, kept in the store."""
+        return self.store.keep(input_of(self.model, self.first_block, window))
 
     def run(self, block: Block, hidden: Tensor) -> Tensor:
         """Output of a block, `(1, tokens, hidden_size)` on the block's device."""
@@ -115,14 +118,14 @@ class BlockCalls:
         return output
 
     def move(self, block: Block, stream: list[Tensor]) -> None:
-        """Replaces what enters a block, window by window, by what leaves it, on the same device."""
+        """Replaces what enters a block, window by window, by what leaves it, kept in the store."""
         for index, hidden in enumerate(stream):
-            stream[index] = self.of_window(index).run(block, hidden).to(hidden.device)
+            stream[index] = self.store.keep(self.of_window(index).run(block, hidden))
 
     def run_and_capture(self, block: Block, hidden: Tensor, names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
         """
-        Inputs `(tokens, features)` of the linears `names`, and the block's output, on the device of `hidden`. A linear
-        that the block calls more than once has the tokens of all calls, and one that it does not call is missing.
+        Inputs `(tokens, features)` of the linears `names`, and the block's output, kept in the store. A linear that
+        the block calls more than once has the tokens of all calls, and one that it does not call is missing.
         """
         captured: dict[str, Tensor] = {}
 
@@ -137,12 +140,12 @@ class BlockCalls:
             for name in names:
                 hooks.callback(block.linear(name).register_forward_pre_hook(hook_for(name)).remove)
             output = self.run(block, hidden)
-        return {name: rows.to(hidden.device) for name, rows in captured.items()}, output.to(hidden.device)
+        return self.store.keep_all(captured), self.store.keep(output)
 
     def capture_input(self, block: Block, hidden: Tensor, name: str) -> Tensor | None:
         """
-        Input `(tokens, features)` of the linear `name` when the block first calls it, on the device of `hidden`, or
-        `None` if the block does not call it. What comes after that call is not computed.
+        Input `(tokens, features)` of the linear `name` when the block first calls it, on the block's device, or `None`
+        if the block does not call it. What comes after that call is not computed.
         """
         captured: list[Tensor] = []
 
@@ -154,7 +157,7 @@ class BlockCalls:
         try:
             self.run(block, hidden)
         except _Stop:
-            return captured[0].to(hidden.device)
+            return captured[0]
         finally:
             handle.remove()
         return None

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from trl_gopd.d2quant.linear import D2QuantLinear
 from trl_gopd.d2quant.topology import Topology
-from trl_gopd.evaluation.logits import OutputHead
+from trl_gopd.evaluation.logits import OutputHead, tokens_per_chunk
 from trl_gopd.evaluation.resources import return_freed_memory
 
 
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from trl_gopd.d2quant.config import D2QuantConfig
     from trl_gopd.d2quant.streams import BlockCalls
 
-# Tokens whose logits are in memory at a time: 6 MiB for a vocabulary of 49,152, times about six tensors.
-CHUNK = 32
+
 BETAS = (0.9, 0.95)
 WARMUP_STEPS = 4
 
@@ -171,8 +170,9 @@ def _backward(
     with torch.no_grad():
         target = final_norm(full.to(hidden.device))
     leaf = output.detach().requires_grad_(True)
+    chunk = tokens_per_chunk(model.config.get_text_config().vocab_size, leaf.device)
     loss = 0.0
-    for part, target_part in zip(leaf.split(CHUNK, dim=1), target.split(CHUNK, dim=1), strict=True):
+    for part, target_part in zip(leaf.split(chunk, dim=1), target.split(chunk, dim=1), strict=True):
         if heads is None:
             chunk_loss = (part.float() - target_part.float()).square().sum() / target.float().square().sum()
         else:

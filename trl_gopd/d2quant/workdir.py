@@ -17,7 +17,9 @@ import trl_gopd
 from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.convert import empty_packed, replace_module
 from trl_gopd.d2quant.linear import D2QuantLinear
+from trl_gopd.d2quant.placement import Placement
 from trl_gopd.d2quant.report import BlockReport, LinearReport
+from trl_gopd.d2quant.store import Store
 from trl_gopd.d2quant.streams import BlockCalls, Streams
 from trl_gopd.d2quant.topology import Block, Topology
 from trl_gopd.digests import config_digest, parameters_digest
@@ -82,7 +84,7 @@ class WorkDir:
         self._save_streams(done, streams)
 
     def load(
-        self, topology: Topology, calls: BlockCalls, streams: Streams, config: D2QuantConfig
+        self, topology: Topology, calls: BlockCalls, streams: Streams, config: D2QuantConfig, placement: Placement
     ) -> list[BlockReport]:
         """
         Puts the finished blocks that are whole into the model, up to the first that is not, and moves `streams` behind
@@ -90,13 +92,15 @@ class WorkDir:
         reports.
         """
         finished = self._count_finished(len(topology.blocks))
-        start = self._load_streams(streams, finished) if finished else 0
+        start = self._load_streams(streams, finished, calls.store) if finished else 0
         reports = []
         for number, block in enumerate(topology.blocks[:finished], start=1):
-            if number > start:
+            if number <= start:
+                reports.append(self._load_block(number, block, config))
+                continue
+            with placement.turn(block.module):
                 calls.move(block, streams.full)
-            reports.append(self._load_block(number, block, config))
-            if number > start:
+                reports.append(self._load_block(number, block, config))
                 calls.move(block, streams.quantized)
         if start < finished:
             self._save_streams(finished, streams)
@@ -116,7 +120,7 @@ class WorkDir:
     def _save_streams(self, done: int, streams: Streams) -> None:
         self._write(STREAMS, {"full": torch.cat(streams.full), "quantized": torch.cat(streams.quantized)}, done=done)
 
-    def _load_streams(self, streams: Streams, finished: int) -> int:
+    def _load_streams(self, streams: Streams, finished: int, store: Store) -> int:
         """Loads the streams behind at most `finished` blocks. Returns behind how many; 0 leaves `streams` alone."""
         try:
             tensors, facts = self._read(STREAMS)
@@ -127,8 +131,8 @@ class WorkDir:
             return 0
         if facts["done"] > finished:
             return 0
-        streams.full = list(torch.split(tensors["full"], 1))
-        streams.quantized = list(torch.split(tensors["quantized"], 1))
+        streams.full = [store.keep(hidden) for hidden in torch.split(tensors["full"], 1)]
+        streams.quantized = [store.keep(hidden) for hidden in torch.split(tensors["quantized"], 1)]
         return int(facts["done"])
 
     def _load_block(self, number: int, block: Block, config: D2QuantConfig) -> BlockReport:

@@ -16,6 +16,35 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
+# Size of the float32 logits of one chunk. Smaller chunks read the matrix of the head more often than needed. On a CPU,
+# glibc maps tensors above 32 MiB anew each time, and clearing the pages costs more than a larger chunk saves.
+CPU_LOGITS_BYTES = 24 * 2**20
+ACCELERATOR_LOGITS_BYTES = 256 * 2**20
+
+
+def tokens_per_chunk(vocab_size: int, device: torch.device | str = "cpu") -> int:
+    """
+    Number of tokens whose logits are computed at a time, at least one: as many as have 24 MiB of float32 logits on a
+    CPU, and 256 MiB elsewhere. A loss needs several tensors of that size.
+
+    Args:
+        vocab_size (`int`): Number of logits of a token.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where they are computed.
+
+    Example:
+
+    ```python
+    >>> from trl_gopd.evaluation.logits import tokens_per_chunk
+
+    >>> tokens_per_chunk(49_152), tokens_per_chunk(262_144), tokens_per_chunk(262_144, "cuda")
+    (128, 24, 256)
+
+    ```
+    """
+    budget = CPU_LOGITS_BYTES if torch.device(device).type == "cpu" else ACCELERATOR_LOGITS_BYTES
+    return max(1, budget // (4 * vocab_size))
+
+
 def check_windows(windows: Tensor, model: PreTrainedModel) -> None:
     """Raises a `ValueError` unless `windows` are integer ids `(n ≥ 1, T ≥ 2)` in the vocabulary of the model."""
     if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2 or windows.is_floating_point():

@@ -1,4 +1,4 @@
-"""Measurement of wall-clock time and peak memory."""
+"""Measurement of wall-clock time, peak memory and speed."""
 
 import ctypes
 import sys
@@ -62,6 +62,25 @@ def measure() -> Iterator[Resources]:
         used.peak_memory_bytes = _peak_bytes()
         if gpus is not None:
             used.peak_cuda_bytes = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
+
+
+def flops_per_second(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """
+    Floating-point operations per second in products of matrices of 2048 rows and columns: the best of the products
+    that end within about a second.
+
+    Args:
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where to measure.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of the matrices.
+    """
+    size = 2048
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    times: list[float] = []
+    while sum(times) < 1 and len(times) < 20:
+        start = time.perf_counter()
+        float((matrix @ matrix)[0, 0])  # to wait for a device that works asynchronously
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
 
 
 def return_freed_memory() -> None:
