@@ -27,13 +27,14 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q $(PYTEST_ARGS)
 DISTRIBUTED_TESTS := $(wildcard tests/distributed/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow compat mutants faults soak lint format bench clean
+.PHONY: help install demo test slow compat families mutants faults soak lint format bench clean
 
 help:
 	@echo "make demo    distil a small model, merge two experts, quantize another, and write demo_out/"
 	@echo "make test    run the tests (without those marked slow)"
 	@echo "make slow    run only the tests marked slow"
 	@echo "make compat  run the contract tests and a smoke training with each supported version of TRL"
+	@echo "make families write what D2Quant does with each decoder family into docs/families.md"
 	@echo "make mutants change operators and constants of the pure modules one by one, and see whether a test fails"
 	@echo "make faults  kill, starve and fuzz training, quantization, caches and servers, and write the table of faults"
 	@echo "make soak    thousands of steps and of saved models, with memory and open files over time"
@@ -89,6 +90,11 @@ slow: $(STAMP)
 compat: $(STAMP)
 	@echo "Running with each version of TRL (four minutes on two cores; the first time also 700 MB into .compat)"
 	@$(BIN)/python -m tests.compat.matrix --json docs/results/compatibility.json --page docs/compatibility.md
+
+# A test compares the table with what it finds.
+families: $(STAMP)
+	@echo "Quantizing a tiny model of each decoder family (two minutes)"
+	@$(TEST_ENV) $(BIN)/python -m tests.d2quant.family_table --page docs/families.md
 
 # mutmut keeps what it found in mutants/, so that a run that was stopped goes on, and a changed function alone is tested
 # again. Part of them: make mutants MUTANTS="trl_gopd.gopd.stratified*"

@@ -19,6 +19,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from tests.d2quant.families import build
 from tests.tiny import build_model
 from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.foreign import WEIGHTS_ENTRY, WEIGHTS_MESSAGE
@@ -309,3 +310,31 @@ def test_ranks_are_seen_before_the_model_is_built(monkeypatch, models):
     monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "d2quant", Seeing)
     with pytest.raises(RuntimeError, match="saw ranks"):
         Anything.from_pretrained(models / "student", quantization_config=D2QuantConfig(2, 8), distributed_config="x")
+
+
+def test_families_ask_their_configuration_whether_they_are_quantized():
+    model, calls = build("FalconMamba"), []
+    model.backbone.layers[0].mixer.dt_proj.register_forward_hook(lambda *_: calls.append(1))
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    model(input_ids=ids, use_cache=False)
+    model.config._is_quantized = True
+    model(input_ids=ids, use_cache=False)
+    assert calls == [1], f"`config._is_quantized` {WHERE}as_linears.py"
+
+
+def test_eager_experts_take_one_matrix_at_a_time():
+    class Indexed:
+        def __init__(self, parameter):
+            self.parameter, self.taken = parameter, []
+
+        def __getitem__(self, index):
+            self.taken.append(int(index))
+            return self.parameter[index]
+
+    experts = build("Mixtral").model.layers[0].mlp.experts
+    experts.config._experts_implementation = "eager"
+    given = torch.randn(5, 32), torch.tensor([[0, 2], [2, 0], [0, 2], [2, 0], [0, 2]]), torch.full((5, 2), 0.5)
+    expected, matrices = experts(*given), Indexed(experts._parameters.pop("down_proj").detach())
+    vars(experts)["down_proj"] = matrices
+    assert torch.equal(experts(*given), expected)
+    assert matrices.taken == [0, 2], f"the loop over experts {WHERE}experts.py"

@@ -47,6 +47,7 @@ OTHER = {
     "bias_modules": ["mlp.gate_proj", "mlp.up_proj"],
     "input_scale_modules": ["mlp.fc2"],
     "down_modules": ["mlp.down_proj"],
+    "expert_parameters": {"mlp.experts.down_proj": False},
 }
 ONLY_VALUE = {"format_version": FORMAT_VERSION, "quant_method": "d2quant", "integrity": None}
 

@@ -28,14 +28,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaForCausalLM,
     Trainer,
     TrainingArguments,
 )
 
 import trl_gopd
+from tests.d2quant.families import build
 from tests.tiny import build_model
 from trl_gopd.d2quant import integrity, pipeline
 from trl_gopd.d2quant.config import D2QuantConfig
@@ -435,11 +434,22 @@ class TestOnTheFly:
         AutoModelForCausalLM.from_pretrained(path, quantization_config=build_config)
         assert calls[0][2] is None
 
-    def test_family_without_linears(self, tmp_path):
-        gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=1))
-        gpt2.save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="must have `torch.nn.Linear` layers in its blocks, got GPT2LMHeadModel"):
-            AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=D2QuantConfig(2, 8))
+    def test_family_that_cannot_be_quantized(self, tmp_path):
+        build("Zamba2 (shared blocks)").save_pretrained(tmp_path)
+        config = D2QuantConfig(2, 8, dataset=torch.zeros(4, 8, dtype=torch.int64), num_samples=4, seq_length=8)
+        with pytest.raises(ValueError, match="Zamba2ForCausalLM .* cannot be quantized: blocks must not share"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+
+    def test_what_stays_in_full_precision_is_logged_once(self, tmp_path, caplog):
+        model = build("Mixtral")
+        model.save_pretrained(tmp_path)
+        config = D2QuantConfig(4, 16, dataset=torch.zeros(1, 8, dtype=torch.int64), num_samples=1, seq_length=8)
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+        (message,) = [record.getMessage() for record in caplog.records if "full precision" in record.getMessage()]
+        parameters = [parameter.numel() for parameter in model.model.layers.parameters()]
+        share = 2 * model.model.layers[0].mlp.gate.weight.numel() / sum(parameters)
+        assert message.startswith(f"{share:.2%} of the parameters of the decoder blocks stay in full precision")
+        assert message.count("`mlp.gate.weight` (2-D parameter of MixtralTopKRouter, which weighs experts") == 1
 
     @pytest.mark.parametrize(
         ("device_map", "place"),

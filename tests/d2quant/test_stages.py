@@ -122,6 +122,7 @@ def toy(generator, **fields) -> Block:
         "name": "layers.1",
         "module": module,
         "stages": tuple(Stage(linears) for linears in STAGES),
+        "routed": frozenset(),
         "scale_pairs": PAIRS,
         "scale_reasons": {},
         "attention_norm": None,

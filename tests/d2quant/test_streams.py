@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.d2quant.families import build
 from tests.tiny import build_model
 from trl_gopd.d2quant.streams import BlockCalls, Streams
 from trl_gopd.d2quant.topology import find_topology
@@ -88,3 +89,28 @@ class TestBlockCalls:
             assert torch.equal(first, expected[1])
             assert torch.equal(model.model.norm(calls.run(topology.blocks[1], first)), expected[2])
         assert not any(module._forward_pre_hooks for module in model.modules())
+
+    @pytest.mark.parametrize("family", ["Gemma4 (text)", "Zamba2"])
+    @torch.no_grad()
+    def test_arguments_that_depend_on_tokens_are_those_of_the_window(self, family):
+        model = build(family)
+        topology = find_topology(model)
+        windows = torch.randint(3, 90, (3, 8), generator=torch.Generator().manual_seed(0))
+        calls = BlockCalls.record(model, topology, windows)
+        streams = Streams.before_first_block(calls, windows)
+        for block in topology.blocks:
+            calls.move(block, streams.full)
+        norm = model.get_submodule(topology.final_norm)
+        for window, hidden in zip(windows, streams.full, strict=True):
+            assert torch.equal(norm(hidden), model.base_model(window[None], use_cache=False).last_hidden_state)
+        with pytest.raises(AssertionError, match="of_window"):
+            calls.run(topology.blocks[0], streams.start[0])
+
+    @pytest.mark.parametrize("family", ["Llama", "Gemma3 (text)", "Gemma4 (text)"])
+    def test_arguments_that_are_equal_for_all_windows_are_kept_once(self, family):
+        windows = torch.randint(3, 90, (3, 8), generator=torch.Generator().manual_seed(0))
+        model = build(family)
+        calls = BlockCalls.record(model, find_topology(model), windows)
+        assert bool(calls.own) == (family == "Gemma4 (text)")
+        of_windows = [kwargs for window in calls.own or [calls.arguments] for _, kwargs in window.values()]
+        assert len({id(kwargs["position_ids"]) for kwargs in of_windows}) == 1

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModel, BartConfig, GPT2Config, GPT2LMHeadModel, PretrainedConfig
+from transformers import AutoModel, BartConfig, PretrainedConfig
 
 from trl_gopd.d2quant.exact_transforms import ScalePair
 from trl_gopd.d2quant.topology import find_blocks, find_topology
@@ -77,6 +77,7 @@ NO_SHIFT = {
     "qwen2-moe": "router",
     "qwen3-moe": "router",
 }
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = torch.tensor([[5, 11, 3, 36, 8, 8, 20], [2, 9, 30, 1, 17, 4, 6]])
 
 
@@ -196,7 +197,28 @@ class TestScalePair:
             block.mlp.dense_h_to_4h.bias.data.zero_()
         assert all(not block.scale_pairs for block in find_topology(model).blocks)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(
+        "dtype, change, count",
+        [
+            *((dtype, lambda up: -up, 2) for dtype in DTYPES),
+            *((dtype, lambda up: up.clamp(-10, 10), 0) for dtype in DTYPES),
+            *((dtype, lambda up: up.clamp(max=200), 0) for dtype in DTYPES),
+            *((dtype, lambda up: up.clamp(max=1e6), 0) for dtype in DTYPES[:2]),
+            *((dtype, lambda up: torch.where(up.abs() < 1e-3, 0, up), 0) for dtype in DTYPES[:2]),
+        ],
+    )
+    def test_clamps_and_thresholds_are_seen(self, dtype, change, count):
+        class Clamped(transformers.models.llama.modeling_llama.LlamaMLP):
+            def forward(self, hidden_states):
+                up = change(self.up_proj(hidden_states))
+                return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * up)
+
+        model = build_family("llama", dtype=dtype)
+        for layer in model.model.layers:
+            layer.mlp.__class__ = Clamped
+        assert sum(len(block.scale_pairs) for block in find_topology(model).blocks) == count
+
+    @pytest.mark.parametrize("dtype", DTYPES)
     def test_found_in_every_dtype(self, dtype):
         topology = find_topology(build_family("llama-biases", dtype=dtype))
         assert [len(block.scale_pairs) for block in topology.blocks] == [1, 1]
@@ -415,8 +437,9 @@ class TestFindTopology:
 
 class TestErrors:
     def test_matrices_that_are_no_linears(self):
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=37, n_embd=24, n_head=4, n_layer=2))
-        with pytest.raises(ValueError, match=r"got GPT2LMHeadModel .*`transformer.h` in Conv1D.*another family"):
+        model = build_family("llama")
+        model.model.layers = nn.ModuleList(nn.Conv1d(24, 24, 1) for _ in range(2))
+        with pytest.raises(ValueError, match=r"got LlamaForCausalLM .*`model.layers` in Conv1d.*another family"):
             find_topology(model)
 
     def test_encoder_decoder(self):

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Collection
+from contextlib import ExitStack
 
 import torch
 from transformers import PreTrainedModel
 
+from trl_gopd.d2quant.as_linears import make_linears
 from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.finite import check_finite, largest
+from trl_gopd.d2quant.flow import check_flow, check_head
 from trl_gopd.d2quant.linear import D2QuantLinear
 from trl_gopd.d2quant.names import check_entries
 from trl_gopd.d2quant.rotation import rotated_magnitudes
@@ -16,17 +19,24 @@ from trl_gopd.d2quant.token_matrices import chosen_token_matrices
 from trl_gopd.d2quant.topology import Topology, find_topology
 
 
-def check_model(model: PreTrainedModel, config: D2QuantConfig) -> Topology:
+def check_model(model: PreTrainedModel, config: D2QuantConfig, undo: ExitStack) -> Topology:
     """
     Refuses a model, or a combination of it with `config`, that cannot be quantized.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model. Its matrices become linears, see `as_linears`; weights stay as they are.
+        config ([`D2QuantConfig`]): How to quantize it.
+        undo (`contextlib.ExitStack`): Is given what makes the model what it was.
 
     Returns:
         [`~trl_gopd.d2quant.topology.Topology`]: of the model.
 
     Raises:
         `TypeError`, `ValueError`: if the model is not one, or is quantized or not in memory, if an entry of
-        `modules_to_not_convert` is no module of it, no linear is left to quantize or one is narrower than a group, if
-        a number is not finite, if scales vanish or overflow in `scale_dtype`, or if it cannot be rotated.
+        `modules_to_not_convert` is no module of it, if its family cannot be quantized block by block or its head
+        cannot be tuned, if no linear is left to quantize or one is narrower than a group, if a number is not finite,
+        if scales vanish or overflow in `scale_dtype`, or if it cannot be rotated.
     """
     if any(isinstance(module, D2QuantLinear) for module in model.modules()) or getattr(model, "is_quantized", False):
         raise ValueError(
@@ -38,8 +48,12 @@ def check_model(model: PreTrainedModel, config: D2QuantConfig) -> Topology:
             "`model` must be in memory, and some of its weights are on the meta device: not loaded, or offloaded. "
             "Load it without `device_map='disk'` and with enough memory."
         )
-    topology = find_topology(model)
     check_entries(config.modules_to_not_convert, model)
+    undo.callback(make_linears(model, config))
+    check_flow(model)
+    topology = find_topology(model)
+    if config.tune_epochs:
+        check_head(model, topology)
     linears = [
         (block, name) for block in topology.blocks for stage in linears_to_quantize(block, config) for name in stage
     ]

@@ -56,8 +56,10 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert (`list[str]`, *optional*):
             Linears of the decoder blocks, embedding or head to leave as they are: by the end of their names
             (`"mlp.down_proj"`), by the name of a module that contains them (`"layers.0"`, `"self_attn"`), or by a
-            regular expression for the name from its start (`".*down_proj"`). An entry that no module has is refused.
-            Of tied ones, embedding and head are both left. A checkpoint lists what it has not packed.
+            regular expression for the name from its start (`".*down_proj"`); or parameters with the matrices of all
+            experts (`"mlp.experts.down_proj"`). An entry that nothing has is refused. Of tied ones, embedding and head
+            are both left. A checkpoint lists all matrices of the blocks, and the embedding and head, that are in full
+            precision.
 
     > Parameters that control the rounding
 
@@ -151,6 +153,9 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             Linears that scale their input, by the end of their names.
         down_modules (`list[str]`, *optional*):
             Linears with the codebook `down_grid`, by the end of their names.
+        expert_parameters (`dict[str, bool]`, *optional*):
+            Parameters with the matrices of all experts that are stored as a linear for each expert, by the end of
+            their names, and whether these matrices are transposed in the parameter.
         integrity (`dict`, *optional*):
             Checksums, and what `config.json` said of the model when it was saved.
 
@@ -208,6 +213,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         bias_modules: list[str] | None = None,
         input_scale_modules: list[str] | None = None,
         down_modules: list[str] | None = None,
+        expert_parameters: dict[str, bool] | None = None,
         integrity: dict[str, Any] | None = None,
         quant_method: str = QUANT_METHOD,
     ):
@@ -249,6 +255,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.bias_modules = bias_modules
         self.input_scale_modules = input_scale_modules
         self.down_modules = down_modules
+        self.expert_parameters = expert_parameters
         self.integrity = integrity
         self.post_init()
 
@@ -408,6 +415,8 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (list, tuple)) and all(type(v) is str for v in value)):
                 raise TypeError(f"`{name}` must be a list of names of linears, got {value!r}. Pass ['mlp.down_proj'].")
+        if not isinstance(self.expert_parameters, (dict, type(None))):
+            raise TypeError(f"`expert_parameters` must be a mapping, got {self.expert_parameters!r}. Leave it out.")
         check_patterns(self.modules_to_not_convert)
 
     def _check_choices(self, name: str, accepted: tuple[Any, ...]) -> None:

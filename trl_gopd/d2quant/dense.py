@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from trl_gopd.d2quant.as_linears import unmake_linears
 from trl_gopd.d2quant.embedding import D2QuantEmbedding
 from trl_gopd.d2quant.linear import D2QuantLinear
 
@@ -48,6 +49,7 @@ def make_dense(
             dense = module.to_dense(dtype)
         # Trainable, as after loading a dense checkpoint, except for the frozen base of an adapter.
         model.set_submodule(name, dense.requires_grad_(not name.endswith(WRAPPED)))
+    unmake_linears(model, family)
     biased = {name for name, module in packed.items() if getattr(module, "bias", None) is not None}
     plain = _open_places(model, {name.removesuffix(WRAPPED) for name in biased})
     kept = {} if dtype is None else model._get_dtype_plan(dtype)

@@ -65,21 +65,47 @@ def find_scale_pairs(
     return tuple(pairs), reasons
 
 
+def find_expert_pairs(
+    calls: Mapping[str, Call], producers: tuple[str, ...], consumers: tuple[str, ...]
+) -> tuple[tuple[ScalePair, ...], dict[str, str]]:
+    """
+    The same for experts that were one parameter: `producers[i]` and `consumers[i]` are linears of one expert. All of
+    them run the same code, and one that is called is tried.
+    """
+    parent = producers[0].rsplit(".", 3)[0]
+    called = [pair for pair in zip(producers, consumers, strict=True) if pair[0] in calls and pair[1] in calls]
+    if parent != consumers[0].rsplit(".", 3)[0] or parent not in calls or not called:
+        return (), {}
+    (name, consumer), mlp = called[0], calls[parent]
+    producer, linear = calls[name].module, calls[consumer].module
+    size = linear.in_features
+    for start in reversed(range(0, producer.out_features, size)):
+        rows = slice(start, start + size)
+        if _scale_passes(mlp, ScalePair(name, consumer, rows), {name: producer}, linear):
+            return tuple(ScalePair(*names, rows) for names in zip(producers, consumers, strict=True)), {}
+    return (), dict.fromkeys(consumers, f"no scale of its input passes through {type(mlp.module).__name__}")
+
+
 def _scale_passes(mlp: Call, pair: ScalePair, producers: Mapping[str, nn.Module], consumer: nn.Linear) -> bool:
     """
     Whether moving scales from `pair.consumer` to `pair.producer` leaves the output as it is. The scales are powers of
     two, so an exact transform changes no bit. The outputs of the producers are replaced by noise, because with very
-    small or large weights a GELU would look linear.
+    small or large weights a GELU would look linear. That of `pair.producer` is then also given all magnitudes, where a
+    clamp or a threshold shows that lies outside of what a model commonly computes.
     """
+    # Float16 has exact powers of two and products in a narrow range only.
+    exponents = (4, 9) if consumer.weight.dtype == torch.float16 else (-24, 25)
     scales = torch.exp2(noise_like(consumer.weight.new_empty(consumer.in_features)).sign())
 
-    def outcome(scales: Tensor | float) -> tuple[Tensor, Tensor]:
+    def outcome(scales: Tensor | float, exponents: tuple[int, int]) -> tuple[Tensor, Tensor]:
         inputs = []
 
         def produce(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             output = noise_like(output, seed=1)
             if module is producers[pair.producer]:
-                output[..., pair.rows] *= scales
+                generator = torch.Generator().manual_seed(2)
+                magnitudes = torch.randint(*exponents, output[..., pair.rows].shape, generator=generator)
+                output[..., pair.rows] *= torch.exp2(magnitudes.to(output)) * scales
             return output
 
         def consume(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -92,7 +118,7 @@ def _scale_passes(mlp: Call, pair: ScalePair, producers: Mapping[str, nn.Module]
             hooks.callback(consumer.register_forward_pre_hook(consume).remove)
             return mlp.repeat(), inputs[-1]
 
-    return all(map(torch.equal, outcome(1.0), outcome(scales)))
+    return all(all(map(torch.equal, outcome(1.0, e), outcome(scales, e))) for e in ((0, 1), exponents))
 
 
 def shift_passes(calls: Mapping[str, Call], norm: str, readers: tuple[str, ...]) -> bool:

@@ -160,8 +160,8 @@ class D2QuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_compileable(self) -> bool:
-        """Whether generation may compile the model."""
-        return True
+        """Whether generation may compile the model. Experts are called one by one, as many as tokens are sent to."""
+        return not self.quantization_config.expert_parameters
 
 
 def register() -> None:
@@ -246,16 +246,25 @@ def _block_linears(model: "PreTrainedModel") -> dict[str, nn.Linear]:
     from .topology import find_blocks
 
     blocks, modules = find_blocks(model)
+    return {f"{blocks}.{name}": module for name, module in modules.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _dense_matrices(model: "PreTrainedModel") -> set[str]:
+    """What holds matrices in full precision in the decoder blocks: modules with a weight, and other parameters."""
+    from .topology import find_blocks
+
+    blocks, modules = find_blocks(model)
     return {
-        f"{blocks}.{index}.{name}": module
-        for index, block in enumerate(modules)
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
+        f"{blocks}.{name}".removesuffix(".weight")
+        for name, parameter in modules.named_parameters()
+        if parameter.ndim > 1 and not isinstance(modules.get_submodule(name.rpartition(".")[0]), D2QuantLinear)
     }
 
 
 def _describe(model: "PreTrainedModel", config: D2QuantConfig) -> D2QuantConfig:
     """Copy of `config` with the fields that a checkpoint states about itself, and without those of quantizing only."""
+    from .as_linears import find_expert_parameters
+
     linears = _block_linears(model)
     packed = {name: module for name, module in linears.items() if isinstance(module, D2QuantLinear)}
     for name, module in packed.items():
@@ -283,9 +292,14 @@ def _describe(model: "PreTrainedModel", config: D2QuantConfig) -> D2QuantConfig:
         setattr(described, field, getattr(defaults, field))
     if len(dense) == len(matrices):
         described.embedding_bits, dense = None, []
+    dense_matrices, experts = _dense_matrices(model), find_expert_parameters(model)
     described.modules_to_not_convert = _ends_of_names(
-        [*(linears.keys() - packed.keys()), *dense], [*linears, *matrices]
+        [*dense_matrices, *dense], [*(dense_matrices | linears.keys()), *matrices]
     )
+    described.expert_parameters = {
+        end: next(transposed for name, transposed in experts.items() if is_listed(name, [end]))
+        for end in _ends_of_names(experts, dense_matrices | experts.keys())
+    } or None
     described.bias_modules = _ends_of_names([n for n, m in packed.items() if m.bias is not None], linears)
     described.input_scale_modules = _ends_of_names(
         [n for n, m in packed.items() if m.input_scale is not None], linears
@@ -307,6 +321,9 @@ def _ends_of_names(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
 
 def _insert_packed(model: "PreTrainedModel", config: D2QuantConfig) -> list[str]:
     """Replaces the linears that the checkpoint stores packed by empty packed ones. Returns their names."""
+    from .as_linears import make_listed_linears
+
+    make_listed_linears(model, config)
     inserted = []
     for name, linear in _block_linears(model).items():
         if config.skips(name):
@@ -338,9 +355,11 @@ def _check_ranks(config: "PreTrainedConfig", pre_quantized: bool) -> None:
 
 
 def _check_settings(model: "PreTrainedModel", config: D2QuantConfig) -> None:
+    """Refuses linears that read hidden states. Of others it is not known yet whether the model calls them."""
     check_entries(config.modules_to_not_convert, model)
+    hidden_size = getattr(model.config.get_text_config(decoder=True), "hidden_size", 0)
     for name, linear in _block_linears(model).items():
-        if linear.in_features < config.group_size and not config.skips(name):
+        if linear.in_features == hidden_size < config.group_size and not config.skips(name):
             raise ValueError(
                 f"`group_size` must be at most the width of every linear, got {config.group_size} and `{name}` of "
                 f"{linear.in_features} columns. Lower it, or name the linear in `modules_to_not_convert`."

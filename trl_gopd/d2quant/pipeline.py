@@ -6,6 +6,7 @@ Two streams of hidden states run side by side through the blocks: `full`, what t
 """
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from trl_gopd.d2quant.calibration import calibration_windows
 from trl_gopd.d2quant.checks import check_model
@@ -32,6 +34,9 @@ from trl_gopd.d2quant.workdir import WorkDir, fingerprint
 from trl_gopd.evaluation.resources import return_freed_memory
 
 
+logger = logging.get_logger(__name__)
+
+
 @torch.no_grad()
 def quantize_blocks(model: PreTrainedModel, tokenizer: Any, config: D2QuantConfig) -> Report:
     """
@@ -39,20 +44,23 @@ def quantize_blocks(model: PreTrainedModel, tokenizer: Any, config: D2QuantConfi
     [`~trl_gopd.d2quant.quantize.quantize_model`]. What transformers has to know of it is not set yet.
     """
     start = time.perf_counter()
-    topology = check_model(model, config)
-    placement = Placement.of(model, topology, config)
-    windows = calibration_windows(
-        config.dataset,
-        config.tokenizer if tokenizer is None else tokenizer,
-        num_samples=config.num_samples,
-        seq_length=config.seq_length,
-        seed=config.seed,
-        vocab_size=model.config.get_text_config().vocab_size,
-        add_bos_token=config.add_bos_token,
-    )
-    work = None
-    if config.work_dir is not None:
-        work = WorkDir(Path(config.work_dir), fingerprint(model, windows, config))
+    with ExitStack() as undo:
+        topology = check_model(model, config, undo)
+        placement = Placement.of(model, topology, config)
+        windows = calibration_windows(
+            config.dataset,
+            config.tokenizer if tokenizer is None else tokenizer,
+            num_samples=config.num_samples,
+            seq_length=config.seq_length,
+            seed=config.seed,
+            vocab_size=model.config.get_text_config().vocab_size,
+            add_bos_token=config.add_bos_token,
+        )
+        work = None
+        if config.work_dir is not None:
+            work = WorkDir(Path(config.work_dir), fingerprint(model, windows, config))
+        undo.pop_all()  # from here on, weights change
+    _log_full_precision(model, topology)
     report = Report(config=config.to_dict())
     with evaluation_mode(model), placement, Store.open(config) as store:
         if config.rotation is not None:
@@ -131,6 +139,24 @@ def detach_from_checkpoint(model: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
+def _log_full_precision(model: PreTrainedModel, topology: Topology) -> None:
+    """Logs what stays in full precision though nobody has asked for it, and its share of the blocks' parameters."""
+    reasons = {f"{block.name}.{name}": why for block in topology.blocks for name, why in block.full_precision.items()}
+    reasons |= topology.full_precision
+    if not reasons:
+        return
+    total = sum(parameter.numel() for parameter in model.get_submodule(topology.blocks_name).parameters())
+    share = sum(model.get_parameter(name).numel() for name in reasons) / total
+    names: dict[str, dict[str, None]] = {}  # by reason; those of different blocks once
+    for name, reason in reasons.items():
+        in_block = name.removeprefix(f"{topology.blocks_name}.").partition(".")[2]
+        names.setdefault(reason, {})[f"`{in_block}`"] = None
+    logger.warning(
+        f"{share:.2%} of the parameters of the decoder blocks stay in full precision: "
+        + "; ".join(f"{', '.join(of_reason)} ({reason})" for reason, of_reason in names.items())
+    )
+
+
 def _notes(topology: Topology, matrices: TokenMatrices, config: D2QuantConfig) -> list[str]:
     """What was asked for and could not be done, or was left out, one line each."""
     lines: dict[str, list[str]] = {}
@@ -142,6 +168,10 @@ def _notes(topology: Topology, matrices: TokenMatrices, config: D2QuantConfig) -
                 lines.setdefault(f"the column scale of {name} scales its input: {reason}", []).append(block.name)
         if config.mean_shift and not block.shift_linears:
             lines.setdefault(f"no mean shift is corrected: {block.shift_reason}", []).append(block.name)
+    for name, reason in topology.full_precision.items():
+        block_name, _, in_block = name.removeprefix(f"{topology.blocks_name}.").partition(".")
+        line = f"{in_block} stays in full precision: {reason}"
+        lines.setdefault(line, []).append(f"{topology.blocks_name}.{block_name}")
     return [
         *(f"{name} stays in full precision: {reason}" for name, reason in matrices.full_precision.items()),
         *(f"{line} ({len(names)} blocks, the first {names[0]})" for line, names in lines.items()),

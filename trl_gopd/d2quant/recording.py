@@ -1,5 +1,6 @@
 """Calls of modules during a forward pass, recorded so that they can be told apart and repeated."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -65,6 +66,12 @@ def _identity(values: Any) -> tuple[int, int, int] | None:
 def noise_like(like: Tensor, seed: int = 0) -> Tensor:
     """Normal tensor of the shape, dtype and device of `like`; it leaves the global random state alone."""
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like)
+
+
+def is_close(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors differ by rounding at most; `True` for numbers that are not finite, named elsewhere."""
+    scale = float(other.abs().max())
+    return not math.isfinite(scale) or float((one.float() - other.float()).abs().max()) <= 1e-2 * scale
 
 
 @contextmanager

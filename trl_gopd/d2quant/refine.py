@@ -33,7 +33,7 @@ from trl_gopd.d2quant.linear import D2QuantLinear
 from trl_gopd.d2quant.packing import pack
 from trl_gopd.d2quant.report import Refinement
 from trl_gopd.d2quant.topology import Topology
-from trl_gopd.evaluation.logits import head_logits, tokens_per_chunk
+from trl_gopd.evaluation.logits import OutputHead, tokens_per_chunk
 from trl_gopd.evaluation.resources import return_freed_memory
 
 
@@ -177,9 +177,10 @@ def refine(
     Raises:
         `ValueError`: if the loss is not finite. The parameters are those of the step before then.
     """
-    student = _Student(model, topology, calls, full_head)
+    heads = None if topology.lm_head is None else (OutputHead(model), OutputHead(model, full_head))
+    student = _Student(model, topology, calls, heads)
     held_out = min(HELD_OUT_MOST, len(starts) // HELD_OUT_SHARE)
-    windows = list(zip(starts, full, strict=True))
+    windows = list(zip(range(len(starts)), starts, full, strict=True))
     trained, kept = windows[: len(windows) - held_out], windows[len(windows) - held_out :] or windows
     generator = torch.Generator().manual_seed(config.seed)
     steps = config.tune_epochs * len(trained)
@@ -231,7 +232,7 @@ class _Student:
     model: PreTrainedModel
     topology: Topology
     calls: "BlockCalls"
-    full_head: nn.Module | None
+    heads: tuple[OutputHead, OutputHead] | None  # its own, and that of the full-precision model
 
 
 @dataclass
@@ -337,14 +338,15 @@ def _step(optimizer: torch.optim.Optimizer, tuned: list[nn.Parameter], masters: 
         parameter.data.copy_(master)
 
 
-def _final_states(student: _Student, start: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
-    """Last hidden states `(1, tokens, hidden_size)` of the quantized and of the full-precision model."""
+def _final_states(student: _Student, index: int, start: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
+    """Last hidden states `(1, tokens, hidden_size)` of the quantized and of the full-precision model for a window."""
     model, topology = student.model, student.topology
     hidden = start.to(model.device)
     if torch.is_grad_enabled():
         hidden = hidden.detach().requires_grad_(True)  # so that a reentrant checkpoint would have a gradient too
+    calls = student.calls.of_window(index)
     for block in topology.blocks:
-        hidden = checkpoint(student.calls.run, block, hidden, use_reentrant=False)
+        hidden = checkpoint(calls.run, block, hidden, use_reentrant=False)
     final_norm = nn.Identity() if topology.final_norm is None else model.get_submodule(topology.final_norm)
     with torch.no_grad():
         target = final_norm(full.to(hidden.device))
@@ -361,14 +363,14 @@ def _losses(student: _Student, output: Tensor, target: Tensor) -> Iterator[tuple
     energy = target.float().square().sum()
     chunk = tokens_per_chunk(student.model.config.get_text_config().vocab_size, output.device)
     for part, target_part in zip(torch.split(output, chunk, 1), torch.split(target, chunk, 1), strict=True):
-        if student.topology.lm_head is None:
+        if student.heads is None:
             difference = part.float() - target_part.float()
             yield float(difference.square().sum() / energy), 2 * difference / energy
             continue
         leaf = part.detach().requires_grad_(torch.is_grad_enabled())
-        given = head_logits(student.model, leaf)
+        given = student.heads[0](leaf)
         with torch.no_grad():
-            expected = head_logits(student.model, target_part, student.full_head).float()
+            expected = student.heads[1](target_part).float()
             expected -= expected.logsumexp(-1, keepdim=True)
             logits = given.detach().float()
             log_p = logits - logits.logsumexp(-1, keepdim=True)  # not in place: it may be the memory of `given`
@@ -381,16 +383,16 @@ def _losses(student: _Student, output: Tensor, target: Tensor) -> Iterator[tuple
         yield loss, torch.autograd.grad(given, leaf, slope.to(given.dtype))[0]
 
 
-def _backward(student: _Student, start: Tensor, full: Tensor) -> float:
-    """Adds the gradients of one window's mean loss, and moves the latents; returns the loss."""
-    output, target = _final_states(student, start, full)
+def _backward(student: _Student, index: int, start: Tensor, full: Tensor) -> float:
+    """Adds the gradients of a window's mean loss, and moves the latents; returns the loss."""
+    output, target = _final_states(student, index, start, full)
     losses, gradients = zip(*_losses(student, output.detach(), target), strict=True)
     torch.autograd.backward(output, torch.cat(gradients, dim=1).to(output.dtype))
     return float(sum(losses))
 
 
 @torch.no_grad()
-def _mean_loss(student: _Student, windows: list[tuple[Tensor, Tensor]]) -> float:
+def _mean_loss(student: _Student, windows: list[tuple[int, Tensor, Tensor]]) -> float:
     """Mean loss of windows."""
     total = 0.0
     for window in windows:

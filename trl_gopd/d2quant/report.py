@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,15 +104,20 @@ class Report:
 
 
 def _draw(report: Report, path: Path) -> None:
-    """Output error of each kind of linear, block by block."""
+    """Output error of each kind of linear, block by block; of experts, the mean of all in a block."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Drawing a report needs matplotlib. Run `pip install matplotlib`.") from error
-    kinds: dict[str, list[tuple[float, float]]] = {}
+    linears: dict[str, list[tuple[float, float]]] = {}  # those of all experts of a block together
     for entry in report.linears:
         if entry.error is not None and entry.nearest_error is not None:
-            kinds.setdefault(entry.name.rpartition(".")[2], []).append((entry.nearest_error, entry.error))
+            name = re.sub(r"\.expert_\d+$", "", entry.name)
+            linears.setdefault(name, []).append((entry.nearest_error, entry.error))
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    for name, pairs in linears.items():
+        before, after = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
+        kinds.setdefault(name.rpartition(".")[2], []).append((before, after))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for index, (kind, errors) in enumerate(kinds.items()):

@@ -8,13 +8,14 @@ A stage is the set of linears that read one tensor; they share H and D. In each 
     q, k, v; o       inputs on the quantized stream → H, D → round
     DAC              mean deviation of that norm's output → biases of gate and up
     gate, up; down   inputs → H, D → round; the column scale of down → rows of up
+    experts          inputs of all experts in one pass → H of each → round; all gates and ups, then all downs
     packed           quantized stream → the next quantized stream
 
 One block's statistics are in memory at a time, and one window's inputs, except those of GPTAQ and DAC.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -30,6 +31,8 @@ from trl_gopd.d2quant.streams import BlockCalls, Streams, check_stream
 from trl_gopd.d2quant.topology import Block
 
 
+# Two GiB: 128 experts of 2048 columns.
+EXPERT_STATISTICS = 2**31
 # Rows of a weight on which its error is measured: of all, the products would cost half as much as the rounding.
 REPORTED_ROWS = 256
 
@@ -72,8 +75,18 @@ def quantize_block(block: Block, calls: BlockCalls, streams: Streams, config: D2
     rounded, entries, explained = RoundedLinears(), [], None
     for stage in stages:
         head, device = stage[0], block.linear(stage[0]).weight.device
+        if head in block.routed:
+            for names in _batches(block, stage):
+                hessians = expert_statistics(block, names, calls, streams) if config.rounding != "rtn" else {}
+                for name in names:
+                    result, entry = _round_linear(block, name, hessians.pop(name, None), None, config)
+                    entries.append(entry)
+                    _set_rounded(block, name, result, None, rounded, config)
+            continue
         # Made window by window as they are used: those of a whole stage would be the run's largest tensors.
-        inputs: Iterable[Tensor | None] = (calls.capture_input(block, hidden, head) for hidden in streams.quantized)
+        inputs: Iterable[Tensor | None] = (
+            calls.of_window(index).capture_input(block, hidden, head) for index, hidden in enumerate(streams.quantized)
+        )
         hessian = asymmetry = shift = None
         if head in shifted[:1]:
             inputs = [None if rows is None else calls.store.keep(rows) for rows in inputs]  # used twice
@@ -147,6 +160,49 @@ def stage_statistics(
     return hessian.mul_(2 / tokens), None if asymmetry is None else asymmetry.mul_(2 / tokens)
 
 
+def expert_statistics(
+    block: Block, names: tuple[str, ...], calls: BlockCalls, streams: Streams
+) -> dict[str, Tensor | None]:
+    """
+    `H = 2/n Σ x xᵀ` of linears of experts, over the tokens that the router sends them, and the mean of all of them in
+    place of `in_features` tokens more:
+
+        H_e = (n_e Ĥ_e + in_features H̄) / (n_e + in_features),   H̄ = Σ n_e Ĥ_e / Σ n_e
+
+    An expert that few tokens reach then has an H that can be inverted, and one that none reaches has the mean. There
+    is no D: which tokens an expert gets differs between the streams.
+
+    Args:
+        block ([`~trl_gopd.d2quant.topology.Block`]): The block, attention and earlier stages rounded.
+        names (`tuple[str, ...]`): One linear of each expert, all of one width.
+        calls ([`BlockCalls`]), streams ([`Streams`]): How to run the block, and what enters it.
+
+    Returns:
+        `dict[str, torch.Tensor | None]`: float32 `(in_features, in_features)` for each name; `None` if no token
+        reaches any of the experts.
+    """
+    sums: dict[str, Tensor] = {}
+    tokens = dict.fromkeys(names, 0)
+    for index, hidden in enumerate(streams.quantized):
+        captured, _ = calls.of_window(index).run_and_capture(block, hidden, list(names))
+        for name, rows in captured.items():
+            rows = rows.to(block.linear(name).weight.device, torch.float32)
+            sums[name] = rows.T @ rows if name not in sums else sums[name].addmm_(rows.T, rows)
+            tokens[name] += len(rows)
+    if not sum(tokens.values()):
+        return dict.fromkeys(names)
+    width = block.linear(names[0]).in_features
+    mean = torch.stack(list(sums.values())).sum(0) / sum(tokens.values())
+    return {n: (sums.get(n, 0) + width * mean).mul_(2 / (tokens[n] + width)) for n in names}
+
+
+def _batches(block: Block, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Parts of a stage of experts whose statistics are in memory together, `EXPERT_STATISTICS` bytes of them."""
+    size = max(1, EXPERT_STATISTICS // (4 * block.linear(names[0]).in_features ** 2))
+    for start in range(0, len(names), size):
+        yield names[start : start + size]
+
+
 def _shifted_linears(block: Block, stages: list[tuple[str, ...]], config: D2QuantConfig) -> tuple[str, ...]:
     """Linears whose biases take DAC's mean shift. None, if one of them stays dense: it has no packed bias for it."""
     quantized = {name for stage in stages for name in stage}
@@ -166,13 +222,13 @@ def _run_in_full_precision(
     with which GPTAQ compares, and the norm's output for the quantized stream while attention is still in full
     precision, at which DAC aims.
     """
-    heads = [stage[0] for stage in stages] if config.rounding == "gptaq" else []
+    heads = [stage[0] for stage in stages if stage[0] not in block.routed] if config.rounding == "gptaq" else []
     full_inputs, targets = [], []
     for index, (full, quantized) in enumerate(zip(streams.full, streams.quantized, strict=True)):
-        captured, streams.full[index] = calls.run_and_capture(block, full, heads)
+        captured, streams.full[index] = calls.of_window(index).run_and_capture(block, full, heads)
         full_inputs.append(captured)
         for name in shifted[:1]:
-            target = calls.capture_input(block, quantized, name)
+            target = calls.of_window(index).capture_input(block, quantized, name)
             assert target is not None  # it was found by its being called
             targets.append(calls.store.keep(target))
     return full_inputs, targets

@@ -3,18 +3,20 @@ Hidden-state streams: what enters the next block, window by window, in full prec
 quantized; how a block is run on them, and what its linears read meanwhile.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl_gopd.d2quant.finite import is_finite
+from trl_gopd.d2quant.flow import Arguments, copied, record_blocks
 from trl_gopd.d2quant.store import Store
 from trl_gopd.d2quant.topology import Block, Topology
+from trl_gopd.evaluation.logits import forwards_replaced
 
 
 class _Stop(Exception):
@@ -58,32 +60,47 @@ class BlockCalls:
         first_block (`torch.nn.Module`): its first decoder block.
         arguments (`dict`): positional and keyword arguments of each block but the hidden states, by its name.
         store ([`~trl_gopd.d2quant.store.Store`]): where streams and captured inputs are kept.
+        own (`Sequence[dict]`, *optional*):
+            The same for each window, where they depend on its tokens; see [`BlockCalls.of_window`].
     """
 
     model: PreTrainedModel
     first_block: nn.Module
-    arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
+    arguments: Mapping[str, Arguments]
     store: Store = field(default_factory=Store)
+    own: Sequence[Mapping[str, Arguments]] = ()
 
     @classmethod
-    def record(
-        cls, model: PreTrainedModel, topology: Topology, windows: Tensor, store: Store | None = None
-    ) -> "BlockCalls":
-        """Records masks, positions and the like in one pass. All windows have one length, and so the same."""
-        arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    def record(cls, model: PreTrainedModel, topology: Topology, windows: Tensor, store: Store | None = None) -> Self:
+        """
+        Records masks, positions and the like of each window. What is equal for all windows is kept once.
 
-        def hook_for(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                arguments[name] = (args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"})
+        They depend on no block, see [`~trl_gopd.d2quant.flow.check_flow`], so that blocks run for one window only.
+        """
+        blocks = {block.name: block.module for block in topology.blocks}
+        passes = record_blocks(model, blocks, windows[:1].to(model.device))
+        common = {name: block.arguments for name, block in passes.items()}
 
-            return hook
+        def skipping(output: Any) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-        with ExitStack() as hooks:
-            for block in topology.blocks:
-                handle = block.module.register_forward_pre_hook(hook_for(block.name), with_kwargs=True)
-                hooks.callback(handle.remove)
-            model.base_model(windows[:1].to(model.device), use_cache=False)
-        return cls(model, topology.blocks[0].module, arguments, store=store or Store())
+            return forward
+
+        skipped = {blocks[name]: skipping(block.output) for name, block in passes.items()}
+        own = [common]
+        with forwards_replaced(skipped):
+            for window in windows[1:]:
+                known: dict[tuple[int, int], bool] = {}
+                of_window = record_blocks(model, blocks, window[None].to(model.device))
+                own.append({n: _shared(block.arguments, common[n], known) for n, block in of_window.items()})
+        is_common = all(arguments[name] is common[name] for arguments in own for name in common)
+        return cls(model, topology.blocks[0].module, common, store or Store(), () if is_common else own)
+
+    def of_window(self, index: int) -> Self:
+        """How to run the blocks on the hidden states of a calibration window."""
+        return replace(self, arguments=self.own[index], own=()) if self.own else self
 
     def first(self, window: Tensor) -> Tensor:
         """Hidden states `(1, tokens, hidden_size)` that enter the first block, kept in the store."""
@@ -91,7 +108,9 @@ class BlockCalls:
 
     def run(self, block: Block, hidden: Tensor) -> Tensor:
         """Output of a block, `(1, tokens, hidden_size)` on the block's device."""
-        args, kwargs = self.arguments[block.name]
+        assert not self.own, "its arguments depend on the window: use `of_window`"
+        # Copied: a block may change containers that it is given.
+        args, kwargs = copied(self.arguments[block.name])
         device = next(block.module.parameters()).device
         output = block.module(hidden.to(device), *args, **kwargs)
         output = output[0] if isinstance(output, tuple) else output
@@ -101,7 +120,7 @@ class BlockCalls:
     def move(self, block: Block, stream: list[Tensor]) -> None:
         """Replaces what enters a block, window by window, by what leaves it, kept in the store."""
         for index, hidden in enumerate(stream):
-            stream[index] = self.store.keep(self.run(block, hidden))
+            stream[index] = self.store.keep(self.of_window(index).run(block, hidden))
 
     def run_and_capture(self, block: Block, hidden: Tensor, names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
         """
@@ -170,6 +189,28 @@ def check_stream(stream: list[Tensor], what: str) -> None:
                 f"{what} are not finite, first for calibration window {index}. Does the model give finite logits for "
                 "its tokens, in this dtype? Load it in bfloat16 or float32."
             )
+
+
+def _shared(value: Any, common: Any, known: dict[tuple[int, int], bool]) -> Any:
+    """`common` where `value` is equal to it, and else `value` with the parts of `common` that are equal to its own."""
+    if isinstance(value, Tensor):
+        pair = (id(value), id(common))  # a mask is passed to all blocks, and compared once
+        if pair not in known:
+            known[pair] = isinstance(common, Tensor) and value.shape == common.shape and torch.equal(value, common)
+        return common if known[pair] else value
+    if isinstance(value, MutableMapping) and isinstance(common, Mapping) and value.keys() == common.keys():
+        parts = {key: _shared(part, common[key], known) for key, part in value.items()}
+        if all(part is common[key] for key, part in parts.items()):
+            return common
+        mapping = copied(value)
+        mapping.update(parts)
+        return mapping
+    if isinstance(value, (list, tuple)) and isinstance(common, (list, tuple)) and len(value) == len(common):
+        items = [_shared(part, other, known) for part, other in zip(value, common, strict=True)]
+        same = all(part is other for part, other in zip(items, common, strict=True))
+        return common if same else type(value)(items)
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    return common if value is common or plain and type(value) is type(common) and value == common else value
 
 
 def _token_rows(args: tuple[Tensor, ...]) -> Tensor:

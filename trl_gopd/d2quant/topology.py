@@ -17,15 +17,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from .exact_transforms import ScalePair, find_residual_writers, find_scale_pairs, shift_passes
+from .exact_transforms import ScalePair, find_expert_pairs, find_residual_writers, find_scale_pairs, shift_passes
+from .experts import LINEARS, ExpertLinears
 from .recording import Call, evaluation_mode, noise_like, record_calls
 
 
 @dataclass(frozen=True)
 class Stage:
     """
-    Linears that read the same tensor, and so share a Hessian. Quantizing them changes the input of later stages only.
+    Linears that read the same tensor, and so share a Hessian; or the linears that do the same in all experts.
+    Quantizing them changes the input of later stages only.
 
     Args:
         linears (`tuple[str, ...]`): names relative to the block, in order of execution.
@@ -43,6 +46,7 @@ class Block:
         name (`str`): of the block in its model, as `model.layers.3`.
         module (`torch.nn.Module`): the block itself.
         stages (`tuple[Stage, ...]`): all linears to quantize, in order of execution; experts come last.
+        routed (`frozenset[str]`): linears of experts, which read the tokens that a router sends them.
         scale_pairs (`tuple[ScalePair, ...]`): where a column scale costs nothing, one for each `down_proj` of a GLU.
         scale_reasons (`Mapping[str, str]`): the other second layers of an MLP, whose column scale must stay an input
             scale, and why.
@@ -55,13 +59,14 @@ class Block:
         norm_readers (`Mapping[str, tuple[str, ...]]`): linears that read a norm, for norms that nothing else reads.
         residual_writers (`tuple[str, ...]`): linears that alone change the residual stream, each by adding a multiple
             of its output. Empty if something else changes it, or stands between, as the norms of a sandwich do.
-        full_precision (`Mapping[str, str]`): matrices that are not quantized, and why: experts that are one 3-D
-            parameter, routers. Names of parameters.
+        full_precision (`Mapping[str, str]`): matrices that are not quantized, and why: routers, convolutions. Names of
+            parameters.
     """
 
     name: str
     module: nn.Module = field(repr=False)
     stages: tuple[Stage, ...]
+    routed: frozenset[str]
     scale_pairs: tuple[ScalePair, ...]
     scale_reasons: Mapping[str, str]
     attention_norm: str | None
@@ -91,6 +96,7 @@ class Topology:
         embeddings (`str`): token embeddings.
         final_norm (`str`, *optional*): norm after the last block; some decoders have none.
         lm_head (`str`, *optional*): `None` for a base model.
+        full_precision (`Mapping[str, str]`): matrices of blocks that do not run, and why they are not quantized.
     """
 
     blocks_name: str
@@ -98,6 +104,7 @@ class Topology:
     embeddings: str
     final_norm: str | None
     lm_head: str | None
+    full_precision: Mapping[str, str]
 
 
 def find_topology(model: PreTrainedModel) -> Topology:
@@ -141,7 +148,8 @@ def find_topology(model: PreTrainedModel) -> Topology:
     input_ids = torch.arange(4, device=embeddings.weight.device)[None] % embeddings.weight.shape[0]
     with evaluation_mode(model), torch.no_grad():
         calls = record_calls(model, lambda: model(input_ids=input_ids, use_cache=False))
-        blocks = tuple(_describe_block(names[module], module, calls) for module in modules)
+        running = {call.module for call in calls}
+        blocks = tuple(_describe_block(names[module], module, calls) for module in modules if module in running)
     last_block = max(index for index, call in enumerate(calls) if call.name == blocks[-1].name)
     norms = [call.name for call in calls[last_block:] if _is_norm(call.module)]
     return Topology(
@@ -150,6 +158,13 @@ def find_topology(model: PreTrainedModel) -> Topology:
         embeddings=names[embeddings],
         final_norm=norms[-1] if norms else None,
         lm_head=names.get(model.get_output_embeddings()),
+        full_precision={
+            f"{names[module]}.{name}": "its block does not run in a forward pass of text"
+            for module in modules
+            if module not in running
+            for name, parameter in module.named_parameters()
+            if parameter.ndim > 1
+        },
     )
 
 
@@ -168,10 +183,11 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         )
     kind = type(model).__name__
     layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    decoder = model.get_decoder()  # the part of a model with images or sound that reads text
     lists = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == layers
+        if isinstance(module, nn.ModuleList) and len(module) == layers and module in set(decoder.modules())
     }
     if model.config.is_encoder_decoder or not lists:
         raise ValueError(
@@ -180,7 +196,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             + " Pass a decoder-only language model."
         )
     name = max(lists, key=lambda name: sum(parameter.numel() for parameter in lists[name].parameters()))
-    if not any(isinstance(module, nn.Linear) for module in lists[name].modules()):
+    if not any(isinstance(module, (nn.Linear, Conv1D)) for module in lists[name].modules()):
         modules = lists[name].modules()
         owners = {type(m).__name__ for m in modules if any(p.ndim > 1 for p in m.parameters(recurse=False))}
         raise ValueError(
@@ -194,7 +210,9 @@ def _describe_block(name: str, block: nn.Module, calls: list[Call]) -> Block:
     call = next(call for call in calls if call.name == name)
     own = {"": call} | {c.name.removeprefix(f"{name}."): c for c in calls if c.name.startswith(f"{name}.")}
     experts, gates = _experts(block), _expert_gates(block)
-    linears = {n: c for n, c in own.items() if isinstance(c.module, nn.Linear) and n not in experts}
+    split = _split_experts(block, own)
+    routed = frozenset([*experts, *(n for names in split for n in names)])
+    linears = {n: c for n, c in own.items() if isinstance(c.module, nn.Linear) and n not in routed}
     attention = [n for n in linears if _is_in_attention(block, n)]
     mlp = {n: c for n, c in linears.items() if n not in attention}
     norms = {n: c for n, c in own.items() if _is_norm(c.module)}
@@ -205,7 +223,7 @@ def _describe_block(name: str, block: nn.Module, calls: list[Call]) -> Block:
     norm_readers = {n: found for n, found in readers.items() if found and shift_passes(own, n, found)}
 
     shift_reason = None
-    if _holds_experts(block):
+    if _expert_counts(block):
         shift_reason = "the router of its experts reads the norm as well"
     elif not attention:
         shift_reason = "it has no attention whose error could be corrected"
@@ -220,11 +238,16 @@ def _describe_block(name: str, block: nn.Module, calls: list[Call]) -> Block:
         own |= _run_expert(parent, block.get_submodule(parent))
     mlp |= {n: own[n] for n in experts if n in own}
     stages = _stages({n: c for n, c in (linears | mlp).items() if n not in gates})
+    stages += tuple(Stage(names) for names in split)
     scale_pairs, scale_reasons = find_scale_pairs(own, mlp)
+    for producers, consumers in zip(split, split[1:], strict=False):
+        pairs, reasons = find_expert_pairs(own, producers, consumers)
+        scale_pairs, scale_reasons = scale_pairs + pairs, scale_reasons | reasons
     return Block(
         name=name,
         module=block,
         stages=stages,
+        routed=routed,
         scale_pairs=scale_pairs,
         scale_reasons=scale_reasons,
         attention_norm=attention_norm,
@@ -245,6 +268,19 @@ def _run_expert(name: str, expert: nn.Module) -> dict[str, Call]:
     return {f"{name}.{call.name}".rstrip("."): call for call in record_calls(expert, lambda: expert(tokens))}
 
 
+def _split_experts(block: nn.Module, calls: Mapping[str, Call]) -> list[tuple[str, ...]]:
+    """Linears of experts that were one parameter, a list for each such parameter, in order of execution."""
+    order = {name: index for index, name in enumerate(calls)}
+    groups = [
+        tuple(f"{name}.{expert}" for expert, _ in module.named_children())
+        for name, module in block.named_modules()
+        if isinstance(module, ExpertLinears)
+    ]
+    parents = {names: names[0].rsplit(".", 3)[0] for names in groups}  # without `linears`, parameter and expert
+    first = {names: min((order[n] for n in names if n in order), default=len(order)) for names in groups}
+    return sorted(groups, key=lambda names: (order.get(parents[names], len(order)), first[names]))
+
+
 def _stages(linears: Mapping[str, Call]) -> tuple[Stage, ...]:
     stages: dict[Any, tuple[str, ...]] = {}
     for name, call in linears.items():
@@ -254,17 +290,23 @@ def _stages(linears: Mapping[str, Call]) -> tuple[Stage, ...]:
 
 def _full_precision(block: nn.Module, stages: tuple[Stage, ...], gates: list[str]) -> dict[str, str]:
     quantized = {f"{linear}.weight" for stage in stages for linear in stage.linears}
-    reasons = {}
+    counts, reasons = _expert_counts(block), {}
     for name, parameter in block.named_parameters():
-        owner = block.get_submodule(name.rpartition(".")[0])
+        parent = name.rpartition(".")[0]
+        owner = block.get_submodule(parent)
+        kind = f"{parameter.ndim}-D parameter of {type(owner).__name__}"
         if parameter.ndim < 2 or name in quantized:
             continue
-        if name.rpartition(".")[0] in gates:
+        if parent in gates:
             reasons[name] = "it weighs experts, with few rows"
         elif isinstance(owner, nn.Linear):
-            reasons[name] = "it does not run in a forward pass of text"
+            reasons[name] = "its layer is not called in a forward pass of text"
+        elif parameter.ndim == 2 and hasattr(owner, LINEARS):
+            reasons[name] = f"{kind}, a vector for each expert"
+        elif parameter.ndim == 2 and parameter.shape[0] in counts:
+            reasons[name] = f"{kind}, which weighs experts, with few rows"
         else:
-            reasons[name] = f"{parameter.ndim}-D parameter of {type(owner).__name__}, which is no `torch.nn.Linear`"
+            reasons[name] = f"{kind}, which is no `torch.nn.Linear`"
     return reasons
 
 
@@ -276,15 +318,29 @@ def _experts(block: nn.Module) -> list[str]:
 
 
 def _expert_gates(block: nn.Module) -> list[str]:
-    """Linears beside experts: routers, and the gate of a shared expert."""
-    parents = {name: name.rpartition(".")[0] for name in _linears(block)}
-    return [name for name, parent in parents.items() if parent and _holds_experts(block.get_submodule(parent))]
+    """Linears outside attention with an output for each expert, or one for a shared expert: routers and gates."""
+    counts = _expert_counts(block)
+    if not counts:
+        return []
+    experts = {
+        linear for holder in block.modules() if isinstance(holder, ExpertLinears) for linear in holder.children()
+    }
+    linears = ((name, block.get_submodule(name)) for name in _linears(block) if not _is_in_attention(block, name))
+    return [n for n, linear in linears if linear.out_features in {1, *counts} and linear not in experts]
 
 
-def _holds_experts(module: nn.Module) -> bool:
-    """Experts are a list of modules with linears, or parameters with a dimension for the expert."""
-    parameters = (p for m in module.modules() if "Conv" not in type(m).__name__ for p in m.parameters(recurse=False))
-    return bool(_experts(module)) or any(parameter.ndim > 2 for parameter in parameters)
+def _expert_counts(module: nn.Module) -> set[int]:
+    """
+    Numbers of experts in a module, which are modules with linears in a list, linears that were one parameter, or a
+    parameter with a dimension for the expert.
+    """
+    counts = set()
+    for child in module.modules():
+        if isinstance(child, ExpertLinears) or isinstance(child, nn.ModuleList) and _experts(nn.ModuleList([child])):
+            counts.add(len(child))
+        elif "Conv" not in type(child).__name__:
+            counts |= {parameter.shape[0] for parameter in child.parameters(recurse=False) if parameter.ndim > 2}
+    return counts
 
 
 def _is_in_attention(block: nn.Module, name: str) -> bool:

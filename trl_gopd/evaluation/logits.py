@@ -6,6 +6,7 @@ function that returns the hidden states of that chunk. Everything that a model f
 as scaling or soft-capping, is therefore applied here as well.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 
 # Size of the float32 logits of one chunk. Smaller chunks read the matrix of the head more often than needed. On a CPU,
@@ -93,26 +93,73 @@ def logits_in_chunks(model: PreTrainedModel, input_ids: Tensor, chunk_size: int)
     Yields:
         `torch.Tensor` of shape `(at most chunk_size, V)`: float32 logits, `B·(T − 1)` rows in total.
     """
-    output = model.base_model(input_ids=input_ids, use_cache=False)
+    output = backbone(model)(input_ids=input_ids, use_cache=False)
     hidden = output.last_hidden_state[:, :-1].flatten(0, 1)
-    ids = input_ids[:, :-1].flatten()
-    for start in range(0, len(hidden), chunk_size):
-        part = slice(start, start + chunk_size)
-        with _backbone_returning(model, type(output)(last_hidden_state=hidden[part].unsqueeze(0))):
-            logits: Tensor = model(input_ids=ids[part].unsqueeze(0), use_cache=False).logits
+    for part in hidden.split(chunk_size):
+        logits = _head_logits(model, output, part.unsqueeze(0))
         yield logits[0].float()
 
 
-def head_logits(model: PreTrainedModel, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
+class OutputHead:
     """
-    Returns the logits `(B, T, V)` of last hidden states `(B, T, hidden_size)`. Gradients flow to the states. If `head`
-    is given, it computes in the place of the model's own.
+    All that a causal language model does behind its backbone, as a function of the last hidden states.
+
+    What the backbone returns beside hidden states differs between families, and their heads read it. A pass of two
+    tokens records it once.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model. Its head is looked up when it is called.
+        head (`torch.nn.Module`, *optional*):
+            Output embeddings that compute in the place of the model's own.
+
+    Raises:
+        `TypeError`: if the head cannot be told from the backbone.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from trl_gopd.evaluation.logits import OutputHead
+
+    >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    >>> OutputHead(LlamaForCausalLM(LlamaConfig(vocab_size=7, **sizes)))(torch.ones(1, 3, 8)).shape
+    torch.Size([1, 3, 7])
+
+    ```
     """
+
+    def __init__(self, model: PreTrainedModel, head: nn.Module | None = None):
+        self._model, self._head = model, head
+        ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+        with torch.no_grad():
+            self._output = backbone(model)(input_ids=ids, use_cache=False)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Returns the logits `(B, T, V)` of last hidden states `(B, T, hidden_size)`. Gradients flow to the states."""
+        return _head_logits(self._model, self._output, hidden, self._head)
+
+
+def backbone(model: PreTrainedModel) -> Any:
+    """The part of a causal language model that returns hidden states. Raises a `TypeError` if it has none."""
+    # Where the prefix of a family's checkpoints names no part of the model, `base_model` is the model itself.
+    for part in (model.base_model, model.get_decoder(), getattr(model, "model", model)):
+        if part is not model:
+            return part
+    raise TypeError(
+        f"`model` must have a backbone that returns hidden states, and {type(model).__name__} has none. Pass a causal "
+        "language model of transformers."
+    )
+
+
+def _head_logits(model: PreTrainedModel, output: Any, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
+    """Logits of `hidden` `(B, T, hidden_size)`; all else that the head reads is as in `output`, of the backbone."""
+    output = copy.copy(output)
+    output.last_hidden_state = hidden
     ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-    # This output class has more fields than the others: the head of a mixture of experts also reads router logits.
     own = model.get_output_embeddings()
-    forwards = {} if head is None else {own: head.forward}
-    with _backbone_returning(model, MoeModelOutputWithPast(last_hidden_state=hidden)), _forwards(forwards):
+    with _backbone_returning(model, output), forwards_replaced({} if head is None else {own: head.forward}):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits
 
@@ -121,13 +168,14 @@ def head_logits(model: PreTrainedModel, hidden: Tensor, head: nn.Module | None =
 def _backbone_returning(model: PreTrainedModel, output: Any) -> Iterator[None]:
     """Context manager within which the backbone of `model` returns `output` instead of running."""
     # The causal models of OPT and BART call the decoder inside the backbone; all other models call the backbone.
+    modules = {id(module): module for module in (backbone(model), model.get_decoder()) if module is not model}.values()
     calls = []
 
     def forward(*_: Any, **__: Any) -> Any:
         calls.append(True)
         return output
 
-    with _forwards(dict.fromkeys((model.base_model, model.get_decoder()), forward)):
+    with forwards_replaced(dict.fromkeys(modules, forward)):
         yield
     if not calls:
         raise TypeError(
@@ -137,16 +185,16 @@ def _backbone_returning(model: PreTrainedModel, output: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _forwards(forwards: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
-    """Context manager within which modules compute other functions."""
+def forwards_replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Context manager within which modules run the functions of `forwards` in place of their own `forward`."""
     # accelerate's hooks set `forward` on the instance
-    before = {module: vars(module).get("forward") for module in forwards}
+    own = [(module, vars(module).get("forward")) for module in forwards]
     try:
         for module, forward in forwards.items():
             module.forward = forward
         yield
     finally:
-        for module, own in before.items():
+        for module, before in own:
             del module.forward
-            if own is not None:
-                module.forward = own
+            if before is not None:
+                module.forward = before
