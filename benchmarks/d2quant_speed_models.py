@@ -25,7 +25,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.gopd_step import SEED, _spread
-from trl_gopd.d2quant.convert import replace_linear
+from trl_gopd.d2quant.convert import replace_module
 from trl_gopd.d2quant.grids import QuantizedWeight
 from trl_gopd.d2quant.kernels import set_activation_bits
 from trl_gopd.d2quant.linear import D2QuantLinear
@@ -109,7 +109,7 @@ def packed(model: PreTrainedModel, bits: int, *, is_random: bool = False) -> Pre
             layer = packed_layer(linear.in_features, linear.out_features, bits, generator)
         else:
             layer = D2QuantLinear.from_quantized(rounded(linear.weight.data, bits), dtype=linear.weight.dtype)
-        replace_linear(result.model.layers, name, layer)
+        replace_module(result.model.layers, name, layer)
     return result
 
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, OPTConfi
 
 import trl_gopd
 from tests.tiny import build_bos_tokenizer, build_model, build_tokenizer
-from trl_gopd.d2quant import pipeline, report, stages, tuning, workdir
+from trl_gopd.d2quant import pipeline, refine, report, stages, workdir
 from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.linear import D2QuantLinear
 from trl_gopd.d2quant.quantize import quantize_model
@@ -357,7 +357,7 @@ class TestResume:
         assert_same(*results)
         assert len(list(tmp_path.iterdir())) == 2
 
-    def test_tuning_may_be_changed(self, model, tokenizer, tmp_path, monkeypatch):
+    def test_refinement_may_be_changed(self, model, tokenizer, tmp_path, monkeypatch):
         quantize_model(model, None, config(work_dir=str(tmp_path)))
         monkeypatch.setattr(pipeline, "quantize_block", None)
         report = quantize_model(build_model(tokenizer, seed=1), None, config(work_dir=str(tmp_path), tune_epochs=1))
@@ -605,16 +605,19 @@ class TestBadInput:
         quantize_model(model, None, config())
         assert not model.model.layers[1].mlp.up_proj.dequantize().any()
 
-    def test_loss_of_the_tuning_that_is_not_finite(self, model, monkeypatch):
-        monkeypatch.setattr(tuning, "_backward", lambda *arguments: float("nan"))
-        with pytest.raises(ValueError, match="tuning's loss is nan for .* step 1 of 6. Lower"):
+    def test_loss_of_the_refinement_that_is_not_finite(self, model, monkeypatch):
+        monkeypatch.setattr(refine, "_backward", lambda *arguments: float("nan"))
+        with pytest.raises(ValueError, match="loss of the refinement is nan in step 1 of 6. Lower"):
             quantize_model(model, None, config(tune_epochs=1))
         assert not getattr(model, "is_quantized", False)
 
-    def test_scale_that_the_tuning_makes_infinite(self, model):
-        with pytest.raises(ValueError, match="(weight_scale|bias)` holds NaN or infinity.* Lower `tune_learn"):
-            quantize_model(model, None, config(tune_epochs=1, num_samples=1, tune_learning_rate=1e9))
-        assert not getattr(model, "is_quantized", False)
+    def test_scales_that_the_refinement_makes_infinite_are_not_kept(self, model, tokenizer):
+        settings = {"num_samples": 1, "tune_learning_rate": 1e9}
+        report = quantize_model(model, None, config(tune_epochs=1, **settings))
+        assert report.refinement.held_out[0] < report.refinement.held_out[1]
+        rounded = build_model(tokenizer, seed=1)
+        quantize_model(rounded, None, config(**settings))
+        assert_same(model, rounded)
 
     def test_id_that_the_model_has_not(self, model):
         with pytest.raises(ValueError, match=r"from 0 to 258.*got 300"):

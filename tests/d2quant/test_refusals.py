@@ -104,7 +104,7 @@ REFUSED = {
     ),
     "embedding overflows, rotated": (
         lambda t: llama(t, overflowing_embedding),
-        lambda: D2QuantConfig(**SMALL, rotation="full"),
+        lambda: D2QuantConfig(**SMALL, rotation="full", embedding_bits=None),
         "hidden states before the first block are not finite",
     ),
     "scales vanish": (

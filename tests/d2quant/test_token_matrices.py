@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.tiny import build_model
-from trl_gopd.d2quant import integrity, pipeline, tuning
+from trl_gopd.d2quant import integrity, pipeline, refine
 from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.embedding import D2QuantEmbedding
 from trl_gopd.d2quant.linear import D2QuantLinear
@@ -380,13 +380,13 @@ class TestCalibration:
 
         monkeypatch.setattr(pipeline, "quantize_block", keep)
         windows = TOKENS[:1]
-        quantize(model, dataset=windows, num_samples=1, embedding_bits=2)
+        quantize(model, dataset=windows, num_samples=1, embedding_bits=2, tune_epochs=1)
         full, quantized, start = streams[0]
         assert torch.equal(full, dense(windows))
         assert torch.equal(quantized, model.model.embed_tokens(windows)) and torch.equal(start, quantized)
         assert not torch.equal(full, quantized)
 
-    def test_first_loss_of_the_tuning_is_the_divergence_of_the_packed_model(self, tokenizer, tied):
+    def test_first_loss_of_the_refinement_is_the_divergence_of_the_packed_model(self, tokenizer, tied):
         def build():
             return build_model(tokenizer, seed=1, tie_word_embeddings=tied)
 
@@ -394,9 +394,10 @@ class TestCalibration:
         _, report = quantize(build(), embedding_bits=2, tune_epochs=1, tune_learning_rate=1e-12)
         log_p, log_q = logits(build()).log_softmax(-1), logits(rounded).log_softmax(-1)
         expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-        assert report.refinement.training[0] == pytest.approx(float(expected), rel=1e-4)
+        # Products are in bfloat16 where the machine has instructions for it: 8 bits, in a mean over many tokens.
+        assert report.refinement.training[0] == pytest.approx(float(expected), rel=1e-2)
 
-    def test_tuning_leaves_both_as_they_are(self, tokenizer, tied):
+    def test_refinement_leaves_both_as_they_are(self, tokenizer, tied):
         rounded, _ = quantize(build_model(tokenizer, seed=1, tie_word_embeddings=tied))
         tuned, _ = quantize(build_model(tokenizer, seed=1, tie_word_embeddings=tied), tune_epochs=2)
         assert_shared(tuned, tied)
@@ -406,7 +407,7 @@ class TestCalibration:
 
     def test_head_of_the_model_is_its_own_again(self, tokenizer, monkeypatch):
         model = build_model(tokenizer, seed=1)
-        monkeypatch.setattr(tuning, "_step", lambda *_: 1 / 0)
+        monkeypatch.setattr(refine, "_step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             quantize(model, tune_epochs=1)
         assert isinstance(model.lm_head, D2QuantLinear) and "forward" not in vars(model.lm_head)

@@ -770,6 +770,9 @@ class Split:
     def full_tensor(self):
         return self.whole
 
+    def is_floating_point(self):
+        return self.whole.is_floating_point()
+
 
 class TestHeadArguments:
     def test_whole(self, monkeypatch):

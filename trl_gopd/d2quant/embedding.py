@@ -72,7 +72,7 @@ class D2QuantEmbedding(nn.Embedding):
         # What an embedding of torch has, and PEFT reads.
         self.padding_idx, self.max_norm, self.norm_type = padding_idx, None, 2.0
         self.scale_grad_by_freq = self.sparse = False
-        scale = torch.full((), embed_scale, dtype=dtype, device=packed.weight.device)
+        scale = torch.full((1,), embed_scale, dtype=dtype, device=packed.weight.device)
         self.embed_scale = nn.Parameter(scale, requires_grad=False)
         self.weight, self.weight_scale = packed.weight, packed.weight_scale
         self.register_parameter("weight_zero_point", packed.weight_zero_point)

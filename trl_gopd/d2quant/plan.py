@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.convert import empty_packed
 from trl_gopd.d2quant.rounding import LAZY_COLUMNS
+from trl_gopd.d2quant.token_matrices import chosen_token_matrices, empty_token_matrix
 from trl_gopd.d2quant.topology import find_blocks
 from trl_gopd.evaluation.logits import tokens_per_chunk
 
@@ -170,7 +171,7 @@ def plan(
         phases=tuple(phases),
         model_bytes=run.model_bytes,
         mapped_bytes=run.model_bytes if run.is_mapped else 0,
-        packed_bytes=run.outside + run.packed,
+        packed_bytes=run.end_bytes,
     )
 
 
@@ -201,6 +202,7 @@ class _Run:
     config: D2QuantConfig
     blocks: list[_Block]
     outside: int
+    matrices: tuple[int, int]  # embedding and head as far as they are packed, before and after
     number: int
     hidden_size: int
     vocab_size: int
@@ -221,6 +223,7 @@ class _Run:
             config=config,
             blocks=[_describe(block, f"{name}.{index}", reads, config) for index, block in enumerate(modules)],
             outside=outside,
+            matrices=_token_matrix_bytes(model, config),
             number=embeddings.element_size(),
             hidden_size=embeddings.shape[1],
             vocab_size=0 if head is None else head.weight.shape[0],
@@ -238,7 +241,12 @@ class _Run:
 
     @property
     def packed(self) -> int:
-        return sum(block.packed for block in self.blocks)
+        """What is packed while blocks are: the dense head makes the targets of the refinement until its end."""
+        return sum(block.packed for block in self.blocks) + self.matrices[1]
+
+    @property
+    def end_bytes(self) -> int:
+        return self.packed + self.outside - self.matrices[0]
 
     @property
     def is_mapped(self) -> bool:
@@ -366,7 +374,7 @@ class _Run:
 
     def end(self) -> Phase:
         """The packed model, where the model was loaded."""
-        whole = {"packed model": self.packed + self.outside}
+        whole = {"packed model": self.end_bytes}
         return Phase("end", {}, whole, {}, 0) if self.loaded_on.type == "cpu" else Phase("end", whole, {}, {}, 0)
 
 
@@ -412,6 +420,19 @@ def _describe(block: nn.Module, name: str, reads: Mapping[nn.Module, Tensor], co
         trained += layer.weight_scale.numel()
     weights = sum(rows * columns for stage in stages.values() for rows, columns in stage)
     return _Block(stages, dense, packed, trained, weights)
+
+
+def _token_matrix_bytes(model: PreTrainedModel, config: D2QuantConfig) -> tuple[int, int]:
+    """Bytes of embedding and head before and after packing; a tied pair counts once."""
+    chosen = chosen_token_matrices(model, config)
+    dense = packed = 0
+    for module in {module.weight: module for module in chosen.values()}.values():
+        layer = empty_token_matrix(module, config)
+        dense += sum(parameter.nbytes for parameter in module.parameters())
+        packed += sum(parameter.nbytes for parameter in layer.parameters())
+    if model.get_input_embeddings() in chosen.values():
+        packed += model.get_input_embeddings().weight.element_size()  # the scale of all rows
+    return dense, packed
 
 
 def _merged(phases: Iterator[Phase]) -> list[Phase]:

@@ -203,12 +203,7 @@ def refine(
                 for linear in linears:
                     linear.step_size = 2 * config.tune_codes / steps * (1 - bar.n / steps)
                 loss = _backward(student, *trained[index])
-                if not math.isfinite(loss):
-                    raise ValueError(
-                        f"The loss of the refinement is {loss} in step {bar.n + 1} of {steps}. "
-                        f"Lower `tune_learning_rate` {config.tune_learning_rate}, or leave the refinement out with "
-                        "`tune_epochs=0`. With `work_dir`, finished blocks are kept."
-                    )
+                _check_loss(loss, f"in step {bar.n + 1} of {steps}", config)
                 total += loss
                 rate = config.tune_learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * bar.n / steps))
                 for group in optimizer.param_groups:
@@ -218,11 +213,20 @@ def refine(
                 bar.update()
             result.training.append(total / len(trained))
             result.held_out.append(_mean_loss(student, kept))
+            _check_loss(result.held_out[-1], f"after step {bar.n} of {steps}", config)
             if result.held_out[-1] == min(result.held_out):
                 best = _State.of(tuned, linears)
             bar.set_postfix(kl=f"{result.training[-1]:.4f}", held_out=f"{result.held_out[-1]:.4f}")
         result.changed_codes = best.restore(tuned, linears)
     return result
+
+
+def _check_loss(loss: float, when: str, config: "D2QuantConfig") -> None:
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"The loss of the refinement is {loss} {when}. Lower `tune_learning_rate` {config.tune_learning_rate}, or "
+            "leave the refinement out with `tune_epochs=0`. With `work_dir`, finished blocks are kept."
+        )
 
 
 @dataclass(frozen=True)

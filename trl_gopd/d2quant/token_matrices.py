@@ -118,24 +118,25 @@ def pack_token_matrices(
 
 def insert_empty_token_matrices(model: "PreTrainedModel", config: D2QuantConfig) -> list[str]:
     """Puts packed modules, whose tensors are yet to be loaded, into a model. Returns the names of the modules."""
-    found, bits = chosen_token_matrices(model, config), config.embedding_bits
-
-    def empty(name: str, module: Any) -> D2QuantLinear:
-        assert bits is not None
-        rows, columns = module.weight.shape
-        return D2QuantLinear(
-            columns,
-            rows,
-            bits=bits,
-            group_size=config.group_size_of(columns),
-            bias=getattr(module, "bias", None) is not None,
-            scale_dtype=config.torch_scale_dtype,
-            dtype=module.weight.dtype,
-            device=module.weight.device,
-        )
-
-    replace_token_matrices(model, found, empty)
+    found = chosen_token_matrices(model, config)
+    replace_token_matrices(model, found, lambda name, module: empty_token_matrix(module, config))
     return list(found)
+
+
+def empty_token_matrix(module: Any, config: D2QuantConfig) -> D2QuantLinear:
+    """A packed linear of the shape, dtype and device of an embedding or a head, whose tensors are yet to be loaded."""
+    assert config.embedding_bits is not None
+    rows, columns = module.weight.shape
+    return D2QuantLinear(
+        columns,
+        rows,
+        bits=config.embedding_bits,
+        group_size=config.group_size_of(columns),
+        bias=getattr(module, "bias", None) is not None,
+        scale_dtype=config.torch_scale_dtype,
+        dtype=module.weight.dtype,
+        device=module.weight.device,
+    )
 
 
 def replace_token_matrices(

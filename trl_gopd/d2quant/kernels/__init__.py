@@ -149,7 +149,8 @@ def _product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     y = x.new_empty(rows.shape[0], packed.weight.shape[1])
     for outputs, weight in _dense_slices(packed, x.dtype):
         y[:, outputs] = F.linear(rows, weight, None if bias is None else bias[outputs])
-    return y.view(*x.shape[:-1], y.shape[-1])
+    # Of an autograd function, whose rows have two axes, the output must not be a view: models may change it in place.
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _backend(packed: Packed) -> Any:

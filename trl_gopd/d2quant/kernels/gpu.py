@@ -113,9 +113,10 @@ def products(x: Tensor, packed: Packed, bias: Tensor | None = None, *, parts: in
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_stages=2,
         )  # fmt: skip
     if parts == 1:
-        return y.view(shape)
+        return y if len(shape) == 2 else y.view(shape)  # see `_product`, which the same holds for
     total = y.sum(0)
-    return (total if bias is None else total + bias).to(x.dtype).view(shape)
+    total = (total if bias is None else total + bias).to(x.dtype)
+    return total if len(shape) == 2 else total.view(shape)
 
 
 def slices(packed: Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
