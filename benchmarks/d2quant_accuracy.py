@@ -59,6 +59,7 @@ ROWS = {
     "GPTAQ, tuned": {"hessian_weights": False, "iterations": 0},
     "default, rate 1e-2": {"tune_learning_rate": 1e-2},  # what it is at 2 bits
     "default": {},
+    "default, codes": {"tune_codes": 1.0},
 }
 BASELINE, OURS = "GPTAQ", "default"
 # What a row may lack, because the machine was not idle, with its digits in the table.

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from tests.d2quant.families import FAMILIES, build
-from trl_gopd.d2quant.config import D2QuantConfig, is_listed
+from trl_gopd.d2quant.config import D2QuantConfig
 from trl_gopd.d2quant.linear import D2QuantLinear
+from trl_gopd.d2quant.names import is_listed
 from trl_gopd.d2quant.quantize import quantize_model
 from trl_gopd.d2quant.topology import find_blocks
 

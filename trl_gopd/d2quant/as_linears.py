@@ -13,8 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .config import D2QuantConfig, is_listed
+from .config import D2QuantConfig
 from .experts import LINEARS, ExpertLinears, expert_parameters, find_layout, join_experts, split_experts
+from .names import is_listed
 from .recording import evaluation_mode, record_calls
 from .topology import find_blocks
 

@@ -2,15 +2,16 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .fields import check_choices, check_integer, check_number, listed
 from .grids import GRIDS, Grid
 from .integrity import check_settings
-from .names import check_patterns, is_named
+from .names import check_patterns, is_listed, is_named
 from .packing import BITS
 
 
@@ -322,7 +323,7 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         fields = vars(cls())
         unknown = [name for name in config_dict if name not in fields]
         if unknown:
-            raise TypeError(f"`D2QuantConfig` has no {_listed(unknown)}. It has {_listed(fields)}.")
+            raise TypeError(f"`D2QuantConfig` has no {listed(unknown)}. It has {listed(fields)}.")
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -372,36 +373,36 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"`quant_method` must be '{QUANT_METHOD}', got {self.quant_method!r}. Use the class of that method."
             )
         _check_version(self.format_version)
-        self._check_choices("bits", BITS)
+        check_choices(self, "bits", BITS)
         if self.group_size != -1:
-            self._check_integer("group_size", 1, "-1 is one group for each row.")
-        self._check_choices("grid", GRIDS)
-        self._check_choices("down_grid", (None, *GRIDS))
+            check_integer(self, "group_size", 1, "-1 is one group for each row.")
+        check_choices(self, "grid", GRIDS)
+        check_choices(self, "down_grid", (None, *GRIDS))
         if "bitplane" in (self.grid, self.down_grid) and self.bits not in (2, 3):
             raise ValueError(
                 f"`bits` must be 2 or 3 for the grid 'bitplane', got {self.bits}. Use the grid 'affine' or 'midrise'."
             )
-        self._check_choices("scale_dtype", tuple(SCALE_DTYPES))
-        self._check_choices("embedding_bits", (None, *BITS))
-        self._check_choices("rounding", ROUNDINGS)
-        self._check_number("alpha", 0, 1, "0 is GPTQ.")
-        self._check_number("damp_percent", 0, 1, "GPTQ uses 0.01.", open_start=True)
-        self._check_integer("iterations", 0, "0 keeps the clipped range it starts from.")
-        self._check_number("shift_gate", 0, 1, "0 corrects all channels.")
-        self._check_choices("rotation", ROTATIONS)
-        self._check_integer("tune_epochs", 0, "0 leaves the refinement out.")
-        self._check_number("tune_learning_rate", 0, math.inf, "Use 1e-2.", open_start=True)
-        self._check_number("tune_codes", 0, 16, "Use 1.0; 0 keeps the codes.")
-        self._check_integer("num_samples", 1, "GPTQ uses 128.")
+        check_choices(self, "scale_dtype", tuple(SCALE_DTYPES))
+        check_choices(self, "embedding_bits", (None, *BITS))
+        check_choices(self, "rounding", ROUNDINGS)
+        check_number(self, "alpha", 0, 1, "0 is GPTQ.")
+        check_number(self, "damp_percent", 0, 1, "GPTQ uses 0.01.", open_start=True)
+        check_integer(self, "iterations", 0, "0 keeps the clipped range it starts from.")
+        check_number(self, "shift_gate", 0, 1, "0 corrects all channels.")
+        check_choices(self, "rotation", ROTATIONS)
+        check_integer(self, "tune_epochs", 0, "0 leaves the refinement out.")
+        check_number(self, "tune_learning_rate", 0, math.inf, "Use 1e-2.", open_start=True)
+        check_number(self, "tune_codes", 0, 16, "Use 1.0; 0 keeps the codes.")
+        check_integer(self, "num_samples", 1, "GPTQ uses 128.")
         # A single token has nothing to predict and nothing to attend to.
-        self._check_integer("seq_length", 2, "GPTQ uses 2048.")
+        check_integer(self, "seq_length", 2, "GPTQ uses 2048.")
         if self.add_bos_token not in (None, True, False) or type(self.add_bos_token) is int:
             raise TypeError(
                 f"`add_bos_token` must be None, True or False, got {self.add_bos_token!r}. None does as the tokenizer "
                 "does."
             )
-        self._check_integer("seed", 0, "Use 0.")
-        self._check_choices("offload", (None, "cpu", "disk"))
+        check_integer(self, "seed", 0, "Use 0.")
+        check_choices(self, "offload", (None, "cpu", "disk"))
         if self.offload == "disk" and self.rotation is not None:
             raise ValueError(
                 f"`offload='disk'` leaves weights in files, and `rotation={self.rotation!r}` changes all of them. "
@@ -419,46 +420,6 @@ class D2QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise TypeError(f"`expert_parameters` must be a mapping, got {self.expert_parameters!r}. Leave it out.")
         check_patterns(self.modules_to_not_convert)
 
-    def _check_choices(self, name: str, accepted: tuple[Any, ...]) -> None:
-        value = getattr(self, name)
-        # The types are compared too, since True == 1 and 2.0 == 2.
-        if not any(type(value) is type(choice) and value == choice for choice in accepted):
-            raise ValueError(f"`{name}` must be one of {_listed(accepted)}, got {value!r}. Choose one of these.")
-
-    def _check_integer(self, name: str, lowest: int, remedy: str) -> None:
-        value = getattr(self, name)
-        if type(value) is not int:
-            raise TypeError(f"`{name}` must be an integer, at least {lowest}, got {value!r}. {remedy}")
-        if value < lowest:
-            raise ValueError(f"`{name}` must be at least {lowest}, got {value}. {remedy}")
-
-    def _check_number(self, name: str, start: float, stop: float, remedy: str, *, open_start: bool = False) -> None:
-        value = getattr(self, name)
-        interval = f"{'(' if open_start else '['}{start}, {stop}{')' if stop == math.inf else ']'}"
-        if type(value) not in (int, float):
-            raise TypeError(f"`{name}` must be a number in {interval}, got {value!r}. {remedy}")
-        # The comparison is written so that NaN is refused.
-        if not (start <= value <= stop and value < math.inf and not (open_start and value == start)):
-            raise ValueError(f"`{name}` must be in {interval}, got {value}. {remedy}")
-
-
-def is_listed(name: str, listed: Iterable[str] | None) -> bool:
-    """
-    Whether the linear that is called `name` in its model is one of those `listed` by the end of their names.
-
-    Example:
-
-    ```python
-    >>> is_listed("model.layers.3.mlp.down_proj", ["down_proj"])
-    True
-    >>> is_listed("model.layers.13.mlp.down_proj", ["layers.3.mlp.down_proj"])
-    False
-
-    ```
-    """
-    # In a base model, names lack the prefix that they have in a model with a head: a listed name may be the longer.
-    return any(f".{name}".endswith(f".{end}") or f".{end}".endswith(f".{name}") for end in listed or ())
-
 
 def _check_version(version: Any) -> None:
     if type(version) is not int or version < 1:
@@ -473,7 +434,3 @@ def _check_version(version: Any) -> None:
             f"The checkpoint is of `format_version` {version}, whose checksums leave its configuration out; this "
             f"trl_gopd reads {FORMAT_VERSION}. Quantize the model again."
         )
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(repr(name) for name in names)

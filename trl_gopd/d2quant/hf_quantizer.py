@@ -25,13 +25,13 @@ from transformers.utils import logging
 
 from trl_gopd.files import written_whole
 
-from .config import QUANT_METHOD, RUNTIME_FIELDS, D2QuantConfig, is_listed
+from .config import QUANT_METHOD, RUNTIME_FIELDS, D2QuantConfig
 from .convert import empty_packed
 from .embedding import D2QuantEmbedding
 from .foreign import allow_loading, forget_code, write_along
 from .integrity import REMEDY, check_model_config, check_tensors, statement
 from .linear import D2QuantLinear
-from .names import check_entries, is_named
+from .names import check_entries, is_listed, is_named
 from .token_matrices import forget_packed_token_matrices, insert_empty_token_matrices, token_matrices
 
 

@@ -64,3 +64,21 @@ def _means(entry: str, name: str) -> bool:
         return True
     is_pattern = re.search(r"[^\w.-]", entry) is not None  # a dot alone is that of a name
     return is_pattern and re.fullmatch(rf"(?:{entry})(?:(?:(?<=\.)|\.).*)?", name) is not None
+
+
+def is_listed(name: str, listed: Iterable[str] | None) -> bool:
+    """
+    Whether the linear that is called `name` in its model is one of those `listed` by the end of their names.
+
+    Example:
+
+    ```python
+    >>> is_listed("model.layers.3.mlp.down_proj", ["down_proj"])
+    True
+    >>> is_listed("model.layers.13.mlp.down_proj", ["layers.3.mlp.down_proj"])
+    False
+
+    ```
+    """
+    # In a base model, names lack the prefix that they have in a model with a head: a listed name may be the longer.
+    return any(f".{name}".endswith(f".{end}") or f".{end}".endswith(f".{name}") for end in listed or ())

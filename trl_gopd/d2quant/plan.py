@@ -368,8 +368,7 @@ class _Run:
         on_host = {"packed blocks": self.packed} if self.blocks_come else {}
         waiting = {"hidden states": 2 * self.tokens * self.hidden_size * self.number}
         flops = self.config.tune_epochs * self.tokens * (8.0 * weights + 6.0 * self.vocab_size * self.hidden_size)
-        is_disk = self.config.offload == "disk"
-        host, disk = (on_host, waiting) if is_disk else (on_host | waiting, {})
+        host, disk = (on_host, waiting) if self.config.offload == "disk" else (on_host | waiting, {})
         yield Phase("tuning", device, host, disk, flops)
 
     def end(self) -> Phase:
