@@ -386,6 +386,17 @@ class TestCalibration:
         assert torch.equal(quantized, model.model.embed_tokens(windows)) and torch.equal(start, quantized)
         assert not torch.equal(full, quantized)
 
+    @pytest.mark.parametrize("tune_epochs", [0, 2])
+    def test_eight_bits_leave_the_blocks_as_with_a_dense_embedding(self, tokenizer, tied, tune_epochs):
+        states = []
+        for bits in (None, 8):
+            model = build_model(tokenizer, seed=1, tie_word_embeddings=tied)
+            quantize(model, embedding_bits=bits, tune_epochs=tune_epochs, rounding="gptaq")
+            states.append({name: value for name, value in model.state_dict().items() if ".layers." in name})
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+        assert isinstance(model.lm_head, D2QuantLinear)
+
     def test_first_loss_of_the_refinement_is_the_divergence_of_the_packed_model(self, tokenizer, tied):
         def build():
             return build_model(tokenizer, seed=1, tie_word_embeddings=tied)
@@ -409,7 +420,7 @@ class TestCalibration:
         model = build_model(tokenizer, seed=1)
         monkeypatch.setattr(refine, "_step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            quantize(model, tune_epochs=1)
+            quantize(model, embedding_bits=4, tune_epochs=1)
         assert isinstance(model.lm_head, D2QuantLinear) and "forward" not in vars(model.lm_head)
 
     def test_interrupted_run_goes_on_to_the_same_bytes(self, tokenizer, tied, tmp_path, monkeypatch):

@@ -70,9 +70,13 @@ def quantize_blocks(model: PreTrainedModel, tokenizer: Any, config: D2QuantConfi
             fuse_norms(model, topology)
             rotate(model, topology, size=config.rotation_size, seed=config.seed)
         calls, streams = _run_to_first_block(model, topology, windows, placement, store)
-        with placement.each_in_turn():
-            matrices = pack_token_matrices(model, config, head_hessian(model, windows, config))
-        if matrices.packed:
+        # Blocks compensate for what a coarse rounding of embedding and head does. At 8 bits there is nothing to
+        # compensate, and they are packed last, so that all else is as with dense ones.
+        is_first = config.embedding_bits is not None and config.embedding_bits < NEAREST_BITS
+        matrices = TokenMatrices()
+        if is_first:
+            with placement.each_in_turn():
+                matrices = pack_token_matrices(model, config, head_hessian(model, windows, config))
             streams.restart_quantized(calls, windows)
             return_freed_memory()
         if not config.tune_epochs:
@@ -101,6 +105,9 @@ def quantize_blocks(model: PreTrainedModel, tokenizer: Any, config: D2QuantConfi
                     full_head=matrices.full_head,
                     config=config,
                 )
+        if not is_first:
+            with placement.each_in_turn():
+                matrices = pack_token_matrices(model, config)
     check_finite(model.state_dict().items(), "Lower `tune_learning_rate`, or use the `scale_dtype` 'bfloat16'.")
     report.notes = _notes(topology, matrices, config)
     report.seconds = time.perf_counter() - start
@@ -122,8 +129,7 @@ def _run_to_first_block(
 def head_hessian(model: PreTrainedModel, windows: torch.Tensor, config: D2QuantConfig) -> torch.Tensor | None:
     """H of the head over `windows` `(samples, tokens)`, in full precision; `None` where its packing needs none."""
     heads = [module for module in chosen_token_matrices(model, config).values() if isinstance(module, nn.Linear)]
-    bits = config.embedding_bits
-    if not heads or bits is None or bits >= NEAREST_BITS or config.rounding == "rtn":
+    if not heads or config.rounding == "rtn":
         return None
     inputs = (input_of(model, heads[0], window).flatten(0, -2) for window in windows)
     return stage_statistics(inputs, [None] * len(windows))[0]
