@@ -607,7 +607,8 @@ class TestBadInput:
 
     def test_loss_of_the_refinement_that_is_not_finite(self, model, monkeypatch):
         monkeypatch.setattr(refine, "_backward", lambda *arguments: float("nan"))
-        with pytest.raises(ValueError, match="loss of the refinement is nan in step 1 of 6. Lower"):
+        complaint = "loss of the refinement is nan for calibration window [0-5] in step 1 of 6. Lower"
+        with pytest.raises(ValueError, match=complaint):
             quantize_model(model, None, config(tune_epochs=1))
         assert not getattr(model, "is_quantized", False)
 

@@ -203,7 +203,7 @@ def refine(
                 for linear in linears:
                     linear.step_size = 2 * config.tune_codes / steps * (1 - bar.n / steps)
                 loss = _backward(student, *trained[index])
-                _check_loss(loss, f"in step {bar.n + 1} of {steps}", config)
+                _check_loss(loss, f"for calibration window {trained[index][0]} in step {bar.n + 1} of {steps}", config)
                 total += loss
                 rate = config.tune_learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * bar.n / steps))
                 for group in optimizer.param_groups:
@@ -213,7 +213,7 @@ def refine(
                 bar.update()
             result.training.append(total / len(trained))
             result.held_out.append(_mean_loss(student, kept))
-            _check_loss(result.held_out[-1], f"after step {bar.n} of {steps}", config)
+            _check_loss(result.held_out[-1], f"for the windows held out after step {bar.n} of {steps}", config)
             if result.held_out[-1] == min(result.held_out):
                 best = _State.of(tuned, linears)
             bar.set_postfix(kl=f"{result.training[-1]:.4f}", held_out=f"{result.held_out[-1]:.4f}")
