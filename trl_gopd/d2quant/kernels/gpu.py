@@ -103,7 +103,7 @@ def products(x: Tensor, packed: Packed, bias: Tensor | None = None, *, parts: in
     if parts is None:
         parts = max(1, min(PROGRAMS * _multiprocessors(x.device) // programs, steps // 4))
     steps = triton.cdiv(steps, parts)
-    y = x.new_empty(parts, rows, outputs, dtype=x.dtype if parts == 1 else torch.float32)
+    y = x.new_empty(shape) if parts == 1 else x.new_empty(parts, rows, outputs, dtype=torch.float32)
     bias = None if bias is None else bias.detach().contiguous()
     grid = (triton.cdiv(outputs, block_n), triton.cdiv(rows, block_m), parts)
     with _current(x.device):
@@ -113,10 +113,10 @@ def products(x: Tensor, packed: Packed, bias: Tensor | None = None, *, parts: in
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_stages=2,
         )  # fmt: skip
     if parts == 1:
-        return y if len(shape) == 2 else y.view(shape)  # see `_product`, which the same holds for
+        return y
     total = y.sum(0)
     total = (total if bias is None else total + bias).to(x.dtype)
-    return total if len(shape) == 2 else total.view(shape)
+    return total if len(shape) == 2 else total.view(shape)  # no view of two axes, see `_product`
 
 
 def slices(packed: Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
