@@ -136,6 +136,19 @@ def test_the_launcher_is_told_of_the_first_error(tmp_path):
     assert message["message"] == "ValueError: no such row" and "fail_alone" in message["extraInfo"]["py_callstack"]
 
 
+def record_another(layout, rank, *, folder):
+    os.environ["TORCHELASTIC_ERROR_FILE"] = f"{folder}/{rank}.json"
+    with together():
+        raise OtherRankError("Rank 7: gone")
+
+
+def test_the_launcher_is_told_by_a_rank_that_ends_before_the_one_that_failed(tmp_path):
+    ends(record_another, folder=str(tmp_path))
+    files = sorted(tmp_path.iterdir())
+    assert [path.name for path in files] == ["0.json", "1.json"]
+    assert all("OtherRankError: Rank 7: gone" in path.read_text() for path in files)
+
+
 def fail_without_a_place(layout, rank):
     os.environ["TORCHELASTIC_ERROR_FILE"] = "/dev/full"
     fail_alone(layout, rank, failing=1, error=ValueError("no such row"))

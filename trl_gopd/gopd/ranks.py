@@ -61,20 +61,26 @@ def together() -> Iterator[None]:
     with _Watch(store) as watch:
         try:
             yield
-        except OtherRankError:  # the other rank has told of it
+        except OtherRankError as error:  # the other rank has told of it, but this process may be the first to end
+            _record(error)
             raise
         except BaseException as error:
             said = f"{type(error).__name__}: {error}"
             is_gone = is_of_another_rank(error)
             own = Failure(watch.rank, IS_GONE if is_gone else said)
             first = watch.tell(own, waits=not is_gone)
-            is_cause = first == own and not is_gone and isinstance(error, Exception)
-            if is_cause and "TORCHELASTIC_ERROR_FILE" in os.environ:
-                with suppress(OSError):  # of a full disk, for one
-                    get_error_handler().record_exception(error)  # for the summary with which the launcher ends
+            if first == own and not is_gone and isinstance(error, Exception):
+                _record(error)
             if _may_be_of_collective(error) and first.text != said:  # which it is if all ranks have failed alike
                 raise OtherRankError(own.text if first == own else str(first)) from error
             raise
+
+
+def _record(error: Exception) -> None:
+    """For the summary with which a launcher ends, which is of the process that ends first."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        with suppress(OSError):  # of a full disk, for one
+            get_error_handler().record_exception(error)
 
 
 @dataclass(frozen=True)
