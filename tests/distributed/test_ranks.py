@@ -138,6 +138,7 @@ def test_the_launcher_is_told_of_the_first_error(tmp_path):
 
 def record_another(layout, rank, *, folder):
     os.environ["TORCHELASTIC_ERROR_FILE"] = f"{folder}/{rank}.json"
+    dist.init_process_group("gloo")
     with together():
         raise OtherRankError("Rank 7: gone")
 
