@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from benchmarks import d2quant_speed, d2quant_speed_models
 from benchmarks.d2quant_speed import BASELINE
 from trl_gopd.d2quant.kernels import native
 from trl_gopd.d2quant.linear import D2QuantLinear
+
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(autouse=True)
@@ -113,3 +117,11 @@ def test_models_take_turns(tiny, monkeypatch):
     assert all(len(row["tokens_a_second"]) == 2 for row in results)
     text = d2quant_speed_models.section({"results": results, "perplexities": [{"bits": None, "perplexity": 30}]})
     assert "| dense bfloat16 | " in text and "| full precision | 30.00 |  |" in text
+
+
+@pytest.mark.parametrize("module", [d2quant_speed, d2quant_speed_models])
+def test_documented_table_is_the_committed_result(module):
+    name = module.__name__.split(".")[-1]
+    report = json.loads((DOCS / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    begin, end = module.MARKS
+    assert f"{begin}{module.section(report)}{end}" in (DOCS / "d2quant.md").read_text(encoding="utf-8")
