@@ -509,7 +509,8 @@ class TestParallel:
     def test_one_rank_is_accepted(self, saved, config):
         model_config = AutoConfig.from_pretrained(saved[1])
         model_config.distributed_config = SimpleNamespace(tp_size=1, ep_size=None, fsdp_size=2, pp_size=1)
-        D2QuantHfQuantizer(saved[0].config.quantization_config).update_attn_implementation(model_config)
+        quantizer = D2QuantHfQuantizer(saved[0].config.quantization_config)
+        assert quantizer.update_attn_implementation(model_config) is model_config
 
 
 class TestDamage:

@@ -64,9 +64,8 @@ def quantize_blocks(model: PreTrainedModel, tokenizer: Any, config: D2QuantConfi
     report = Report(config=config.to_dict())
     with evaluation_mode(model), placement, Store.open(config) as store:
         if config.rotation is not None:
-            _run_to_first_block(
-                model, topology, windows, placement, store
-            )  # what is not finite is refused before anything changes
+            # What is not finite is refused before anything changes.
+            _run_to_first_block(model, topology, windows, placement, store)
             fuse_norms(model, topology)
             rotate(model, topology, size=config.rotation_size, seed=config.seed)
         calls, streams = _run_to_first_block(model, topology, windows, placement, store)
@@ -77,8 +76,9 @@ def quantize_blocks(model: PreTrainedModel, tokenizer: Any, config: D2QuantConfi
         if is_first:
             with placement.each_in_turn():
                 matrices = pack_token_matrices(model, config, head_hessian(model, windows, config))
-            streams.restart_quantized(calls, windows)
-            return_freed_memory()
+            if matrices.packed:
+                streams.restart_quantized(calls, windows)
+                return_freed_memory()
         if not config.tune_epochs:
             streams.start.clear()
         finished = work.load(topology, calls, streams, config, placement) if work else []
