@@ -119,7 +119,7 @@ class TestQuantize:
     @pytest.mark.parametrize("speed", ["0", "-1", "nan", "fast"])
     def test_speed_that_is_not(self, models, speed, capsys):
         told = refuse(capsys, models / "student", "--plan", f"--tflops={speed}")
-        assert f"must be a number above 0, got '{speed}'; try 0.1" in told
+        assert f"must be a finite number above 0, got '{speed}'; try 0.1" in told
 
     @pytest.mark.parametrize("name", ["/no/model", "./no_model", "a/b/c"])
     def test_model_that_is_not_there(self, tmp_path, name, capsys):

@@ -20,6 +20,21 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return parse
 
 
+def above_zero(example: str) -> Callable[[str], float]:
+    """Returns an argparse type that accepts finite numbers greater than 0, and whose error suggests `example`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text!r}; try {example}")
+        return value
+
+    return parse
+
+
 def reward_scale(text: str) -> float:
     """Argparse type of a reward scale λ: a finite number greater than or equal to 0."""
     try:

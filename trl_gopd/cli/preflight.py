@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import DTYPES, at_least, check_folders, check_models, reward_scale, torch_device
+from .arguments import DTYPES, above_zero, at_least, check_folders, check_models, reward_scale, torch_device
 
 
 if TYPE_CHECKING:
@@ -27,17 +27,6 @@ def _fraction(text: str) -> float:
         value = -1.0
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, got {text!r}")
-    return value
-
-
-def _temperature(text: str) -> float:
-    """Argparse type of a sampling temperature: a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text!r}; try 1.0")
     return value
 
 
@@ -78,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="maximum tokens of a completion (256)",
     )
     parser.add_argument(
-        "--temperature", metavar="T", type=_temperature, default=1.0, help="temperature of the training run (1.0)"
+        "--temperature", metavar="T", type=above_zero("1.0"), default=1.0, help="temperature of the training run (1.0)"
     )
     parser.add_argument(
         "--seed",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl_gopd.files import written_whole
 
-from .arguments import DTYPES, check_folders, check_models, refusals_in_one_line, torch_device
+from .arguments import DTYPES, above_zero, check_folders, check_models, refusals_in_one_line, torch_device
 
 
 if TYPE_CHECKING:
@@ -33,17 +33,6 @@ def _embedding_bits(text: str) -> int | None:
     return None if text.lower() == "none" else int(text)
 
 
-def _rate(text: str) -> float:
-    """Argparse type of a speed: a positive number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}; try 0.1")
-    return value
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of `trl-gopd quantize`."""
     parser = argparse.ArgumentParser("trl-gopd quantize", description=__doc__)
@@ -57,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tflops",
         metavar="RATE",
-        type=_rate,
+        type=above_zero("0.1"),
         help="with --plan: speed of --device in TFLOP/s (default: measured here in a second)",
     )
     parser.add_argument("--preset", choices=PRESETS, default="default", help="set of options to start from (default)")
